@@ -1,0 +1,31 @@
+# Each target sets up what it needs: `make demo` on a fresh machine with Python 3.10 or later is enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# On Linux a bare `torch` is the CUDA build, gigabytes of it; `make demo TORCH=torch` takes that one.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(VENV)/demo.installed
+	$(BIN)/python examples/generate.py --output build
+
+test: $(VENV)/test.installed lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/test.installed
+	$(BIN)/python -m pytest -m slow -s
+
+lint: $(VENV)/test.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/%.installed: setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf build $(VENV) *.egg-info

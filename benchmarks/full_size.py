@@ -1,0 +1,48 @@
+"""The public base models at full size with random weights, from their published architectures."""
+
+import json
+import sys
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+
+from melfusion_pipeline import VisualSynapse
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from untrained import music_components, picture_components  # noqa: E402
+
+BASE_MODELS = json.loads(Path(__file__).with_name("base_models.json").read_text())
+STABLE_DIFFUSION, AUDIOLDM = "stable-diffusion-v1-5/stable-diffusion-v1-5", "cvssp/audioldm-s-full-v2"
+# The published scaling factor is learnt; its value does not matter for cost.
+SCALING_FACTOR = 0.9
+
+
+def build(description: dict) -> torch.nn.Module:
+    """Instantiates one component of `base_models.json` with random weights."""
+    config = dict(description["config"])
+    if isinstance(config.get("scaling_factor"), str):
+        config["scaling_factor"] = SCALING_FACTOR
+    if description["library"] == "diffusers":
+        return getattr(diffusers, description["class"])(**config)
+    model_class = getattr(transformers, description["class"])
+    return model_class(model_class.config_class(**config))
+
+
+def build_components(image_model: str = STABLE_DIFFUSION, music_model: str = AUDIOLDM) -> dict:
+    """Builds all components of a full-size pipeline in the default dtype, on the default device, in eval mode.
+
+    The tokenizers are the small ones of `examples/untrained.py`: their vocabularies do not change the cost.
+    """
+    image, music = BASE_MODELS["text_to_image"][image_model], BASE_MODELS["text_to_music"][music_model]
+    components = {name: build(music[name]) for name in ("vae", "text_encoder", "unet", "vocoder", "scheduler")}
+    components |= {f"image_{name}": build(image[name]) for name in ("vae", "text_encoder", "unet", "scheduler")}
+    with torch.device("cpu"):
+        components["tokenizer"] = music_components(mel_bands=8)["tokenizer"]
+        components["image_tokenizer"] = picture_components()["image_tokenizer"]
+    components["synapse"] = VisualSynapse.from_unets(components["image_unet"], components["unet"])
+    for component in components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval()
+    return components

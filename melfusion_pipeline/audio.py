@@ -1,0 +1,299 @@
+"""Waveforms in and out: reading and writing sound files, and the way from a waveform to AudioLDM's latents.
+
+    waveform, sampling_rate = load_audio("song.mp3", start=30.0, duration=10.24)
+    latents = waveform_to_latents(waveform, sampling_rate, pipe.vae, audio_length_in_s=10.24)
+
+The settings of the spectrogram are the constants below, and nowhere else.
+"""
+
+import math
+import os
+import uuid
+from numbers import Integral
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.utils import logging
+from transformers.audio_utils import mel_filter_bank
+
+logger = logging.get_logger(__name__)
+
+# AudioLDM's spectrogram (arXiv 2301.12503, and the preprocessing of its public checkpoints).
+SAMPLING_RATE = 16000
+FFT_LENGTH = 1024
+HOP_LENGTH = 160
+NUM_MEL_BANDS = 64
+FREQUENCY_RANGE = (0.0, 8000.0)
+MEL_FLOOR = 1e-5
+PEAK = 0.5
+
+
+def check_sampling_rate(sampling_rate: int) -> None:
+    """Raises `ValueError` unless `sampling_rate` (Hz) is a positive whole number."""
+    if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, Integral) or sampling_rate < 1:
+        raise ValueError(f"`sampling_rate` must be a positive whole number of Hz, but is {sampling_rate!r}.")
+
+
+def check_waveform(waveform: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Returns `waveform` `[..., T]` as a tensor of float32 or float64.
+
+    Raises:
+        TypeError: if it is neither a numpy array nor a tensor of floating-point numbers.
+        ValueError: if it is empty or holds NaN or infinity.
+    """
+    if not isinstance(waveform, np.ndarray | torch.Tensor):
+        raise TypeError(f"`waveform` must be a numpy array or a torch tensor, but is a {type(waveform).__name__}.")
+    waveform = torch.as_tensor(waveform)
+    if not waveform.is_floating_point():
+        raise TypeError(f"`waveform` must be floating-point, but is {waveform.dtype}: scale it to [-1, 1].")
+    if waveform.ndim == 0 or waveform.numel() == 0:
+        raise ValueError(f"`waveform` must hold samples, but its shape is {list(waveform.shape)}.")
+    if not waveform.isfinite().all():
+        raise ValueError("`waveform` holds NaN or infinite samples: repair or drop the clip.")
+    return waveform if waveform.dtype == torch.float64 else waveform.float()
+
+
+def save_audio(path: str | os.PathLike, waveform: np.ndarray | torch.Tensor, sampling_rate: int) -> None:
+    """Writes a waveform as 16-bit WAV or FLAC, by the suffix of `path`; an existing file is replaced at once.
+
+    Args:
+        path: file to write, ending in `.wav` or `.flac`.
+        waveform: samples in [-1, 1], `[T]` or `[C, T]`. A waveform whose peak is above 1 is scaled to peak 1 with a
+            warning, never clipped.
+        sampling_rate: samples a second, for generated music `pipe.vocoder.config.sampling_rate`.
+
+    Raises:
+        TypeError: if `waveform` is not a floating-point array or tensor.
+        ValueError: if `waveform` is empty, not finite or of another shape, or the suffix or the rate is unusable.
+    """
+    path, file_format = Path(path), Path(path).suffix[1:].upper()
+    check_sampling_rate(sampling_rate)
+    if file_format not in ("WAV", "FLAC"):
+        raise ValueError(f"`path` must end in .wav or .flac, but is {str(path)!r}.")
+    if not path.parent.is_dir():
+        raise ValueError(f"`path` is {str(path)!r}, but there is no folder {str(path.parent)!r}: create it first.")
+    samples = check_waveform(waveform).detach().cpu().numpy()
+    if samples.ndim > 2 or (samples.ndim == 2 and samples.shape[0] > samples.shape[1]):
+        raise ValueError(f"`waveform` must be [samples] or [channels, samples], but its shape is {samples.shape}.")
+    peak = np.abs(samples).max()
+    if peak > 1:
+        logger.warning(f"The peak of `waveform` is {peak:.3f}; it is scaled to 1 so that {path.name} does not clip.")
+        samples = samples / peak
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        soundfile.write(temporary, samples.T, int(sampling_rate), "PCM_16", format=file_format)
+        os.replace(temporary, path)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{samples.shape} samples at {sampling_rate} Hz make no {file_format}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_audio(path: str | os.PathLike, start: float = 0.0, duration: float | None = None) -> tuple[torch.Tensor, int]:
+    """Reads a stretch of a sound file (wav, flac, ogg, mp3) without decoding the rest of it.
+
+    Args:
+        path: the file.
+        start: where to begin, in seconds.
+        duration: how much to read, in seconds; less is returned where the file ends earlier. `None` reads to the end.
+
+    Returns:
+        The waveform, float32 `[C, T]`, and its sampling rate in Hz.
+
+    Raises:
+        ValueError: if `start` or `duration` is unusable, or the file is unreadable or holds no finite samples there.
+    """
+    if not math.isfinite(start) or start < 0:
+        raise ValueError(f"`start` must be zero or more seconds, but is {start!r}.")
+    if duration is not None and not (math.isfinite(duration) and duration > 0):
+        raise ValueError(f"`duration` must be a positive number of seconds or None, but is {duration!r}.")
+    try:
+        with soundfile.SoundFile(path) as file:
+            sampling_rate = file.samplerate
+            first = min(round(start * sampling_rate), file.frames)
+            last = file.frames if duration is None else min(first + round(duration * sampling_rate), file.frames)
+            # An mp3 frame borrows bits from the frames before it: decoding begins half a second earlier.
+            preroll = min(first, sampling_rate // 2)
+            file.seek(first - preroll)
+            samples = file.read(last - first + preroll, dtype="float32", always_2d=True)[preroll:]
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{str(path)!r} cannot be read as a sound file: {error}") from error
+    if len(samples) == 0:
+        raise ValueError(f"{str(path)!r} holds no samples at {start} s.")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{str(path)!r} holds NaN or infinite samples.")
+    return torch.from_numpy(np.ascontiguousarray(samples.T)), sampling_rate
+
+
+def resample(waveform: torch.Tensor, sampling_rate: int, new_sampling_rate: int = SAMPLING_RATE) -> torch.Tensor:
+    """Changes the sampling rate; keeps exactly what lies below both Nyquist frequencies. Differentiable.
+
+    Args:
+        waveform: `[..., T]`.
+        sampling_rate: of `waveform`, in Hz.
+        new_sampling_rate: of the result, in Hz.
+
+    Returns:
+        `[..., ceil(T * new_sampling_rate / sampling_rate)]`.
+    """
+    check_sampling_rate(sampling_rate)
+    if sampling_rate == new_sampling_rate:
+        return waveform
+    divisor = math.gcd(sampling_rate, new_sampling_rate)
+    # A whole number of periods of both rates keeps the pitch exact, an odd one leaves no Nyquist bin to lose;
+    # 0.1 s of zeros keeps the end out of the start.
+    periods = math.ceil((waveform.shape[-1] + sampling_rate / 10) * divisor / sampling_rate) | 1
+    length, new_length = (periods * rate // divisor for rate in (sampling_rate, new_sampling_rate))
+    spectrum = torch.fft.rfft(waveform, length)[..., : (min(length, new_length) + 1) // 2]
+    resampled = torch.fft.irfft(spectrum, new_length) * (new_length / length)
+    return resampled[..., : math.ceil(waveform.shape[-1] * new_sampling_rate / sampling_rate)]
+
+
+def normalize_waveform(waveform: torch.Tensor) -> torch.Tensor:
+    """Subtracts each waveform's mean and scales its peak to 0.5, AudioLDM's level; silence stays silent.
+
+    Args:
+        waveform: `[..., T]`.
+
+    Returns:
+        `[..., T]` in [-0.5, 0.5].
+    """
+    centered = waveform - waveform.mean(dim=-1, keepdim=True)
+    peak = centered.abs().amax(dim=-1, keepdim=True)
+    # What is left of a constant waveform is rounding error, which must not be scaled up.
+    silent = peak <= 16 * torch.finfo(waveform.dtype).eps * waveform.abs().amax(dim=-1, keepdim=True)
+    return torch.where(silent, 0.0, centered * PEAK / peak.masked_fill(silent, 1.0))
+
+
+def log_mel_spectrogram(waveform: torch.Tensor) -> torch.Tensor:
+    """AudioLDM's log-mel spectrogram: centred, reflect-padded STFT, magnitude, Slaney mel bands, natural logarithm.
+
+    It is computed in float64 where the device has it: bands 100 dB below the peak drown in float32's rounding.
+
+    Args:
+        waveform: `[..., T]` at 16 kHz, more than 512 samples.
+
+    Returns:
+        `[..., T // 160, 64]` (time x mel band), at least log(1e-5), in the waveform's dtype.
+
+    Raises:
+        ValueError: if the waveform is too short for the reflect padding.
+    """
+    if waveform.shape[-1] <= FFT_LENGTH // 2:
+        raise ValueError(f"`waveform` must be longer than {FFT_LENGTH // 2}, but is {list(waveform.shape)}: pad it.")
+    dtype = working_dtype(waveform.device)
+    samples = waveform.to(dtype).reshape(-1, waveform.shape[-1])
+    window = torch.hann_window(FFT_LENGTH, dtype=dtype, device=waveform.device)
+    # Under autocast the matrix product would run in half precision.
+    with torch.autocast(waveform.device.type, enabled=False):
+        spectrum = torch.stft(samples, FFT_LENGTH, HOP_LENGTH, window=window, pad_mode="reflect", return_complex=True)
+        mel = spectrum.abs().mT @ mel_filters().to(dtype).to(waveform.device)
+    log_mel = mel[:, : waveform.shape[-1] // HOP_LENGTH].clamp(min=MEL_FLOOR).log().to(waveform.dtype)
+    return log_mel.reshape(*waveform.shape[:-1], *log_mel.shape[1:])
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """Returns float64, or float32 on MPS, which has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def mel_filters() -> torch.Tensor:
+    """Returns the mel filter bank, float64 `[513, 64]` (frequency bin x mel band)."""
+    bins = FFT_LENGTH // 2 + 1
+    return torch.from_numpy(
+        mel_filter_bank(bins, NUM_MEL_BANDS, *FREQUENCY_RANGE, SAMPLING_RATE, norm="slaney", mel_scale="slaney")
+    )
+
+
+def encode_mel(
+    mel: torch.Tensor,
+    vae: AutoencoderKL,
+    sample_mode: str = "mode",
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.Tensor:
+    """Encodes log-mel spectrograms as scaled music latents.
+
+    Args:
+        mel: `[B, T, 64]`, see `log_mel_spectrogram`.
+        vae: AudioLDM's autoencoder.
+        sample_mode: `"mode"` of the posterior, or `"sample"` to draw from it.
+        generator: for `"sample"`, one or one a row.
+
+    Returns:
+        Latents times `vae.config.scaling_factor`, `[B, latent channels, T / 4, 16]`, in the autoencoder's dtype.
+    """
+    if sample_mode not in ("mode", "sample"):
+        raise ValueError(f"`sample_mode` must be 'mode' or 'sample', but is {sample_mode!r}.")
+    if mel.ndim != 3 or mel.shape[-1] != NUM_MEL_BANDS:
+        raise ValueError(f"`mel` must be [batch, frames, {NUM_MEL_BANDS}], but its shape is {list(mel.shape)}.")
+    posterior = vae.encode(mel.unsqueeze(1).to(vae.device, vae.dtype)).latent_dist
+    latents = posterior.mode() if sample_mode == "mode" else posterior.sample(generator)
+    return latents * vae.config.scaling_factor
+
+
+def waveform_to_latents(
+    waveform: np.ndarray | torch.Tensor,
+    sampling_rate: int,
+    vae: AutoencoderKL,
+    audio_length_in_s: float | None = None,
+    sample_mode: str = "mode",
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.Tensor:
+    """Turns waveforms into AudioLDM's scaled latents, on the autoencoder's device; differentiable.
+
+    Channels are averaged, then the waveform is resampled to 16 kHz, normalised, padded with zeros and encoded.
+
+    Args:
+        waveform: `[T]`, `[C, T]` or `[B, C, T]`; a batch of mono waveforms is `[B, 1, T]`.
+        sampling_rate: of `waveform`, in Hz.
+        vae: AudioLDM's autoencoder.
+        audio_length_in_s: pad or cut to this many seconds. `None` keeps the waveform's length. Either is rounded up
+            to a whole number of latent frames, as the pipeline does.
+        sample_mode: `"mode"` of the posterior, or `"sample"` to draw from it.
+        generator: for `"sample"`, one or one a row.
+
+    Returns:
+        `[B, latent channels, frames / 4, 16]`: at 10.24 s `[B, 8, 256, 16]`.
+
+    Raises:
+        TypeError: if `waveform` is not a floating-point array or tensor.
+        ValueError: if an argument is empty, not finite, out of range or of the wrong shape.
+    """
+    waveform = check_waveform(waveform)
+    check_sampling_rate(sampling_rate)
+    if waveform.ndim > 3:
+        raise ValueError(f"`waveform` must be [T], [C, T] or [B, C, T], but its shape is {list(waveform.shape)}.")
+    if audio_length_in_s is not None and not (math.isfinite(audio_length_in_s) and audio_length_in_s > 0):
+        raise ValueError(f"`audio_length_in_s` must be positive and finite, or None, but is {audio_length_in_s!r}.")
+    waveform = waveform.to(working_dtype(vae.device)).to(vae.device)
+    waveform = resample(waveform[(None,) * (3 - waveform.ndim)].mean(dim=1), sampling_rate)
+    num_samples = waveform.shape[-1] if audio_length_in_s is None else round(audio_length_in_s * SAMPLING_RATE)
+    latent_hop = HOP_LENGTH * 2 ** (len(vae.config.block_out_channels) - 1)
+    num_samples = math.ceil(num_samples / latent_hop) * latent_hop
+    waveform = pad_or_cut(normalize_waveform(waveform[..., :num_samples]), num_samples)
+    return encode_mel(log_mel_spectrogram(waveform), vae, sample_mode, generator)
+
+
+def pad_or_cut(waveform: torch.Tensor, num_samples: int) -> torch.Tensor:
+    """Appends zeros to `[..., T]`, or cuts its end, so that it becomes `[..., num_samples]`."""
+    return F.pad(waveform, (0, num_samples - waveform.shape[-1]))
+
+
+def load_random_crop(
+    path: str | os.PathLike, start: float, duration: float | None, audio_length_in_s: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Reads a random stretch of a sound file between `start` and `start + duration` (seconds; `None` is the end).
+
+    Returns:
+        Mono at 16 kHz, peak 0.5, float32 `[audio_length_in_s * 16000]`, padded with zeros if the music is shorter.
+    """
+    available = min(soundfile.info(path).duration - start, duration or math.inf)
+    start += max(0.0, available - audio_length_in_s) * torch.rand((), generator=generator).item()
+    waveform, sampling_rate = load_audio(path, start, min(audio_length_in_s, duration or math.inf))
+    # In float64 the result is the same in every process; float32 rounds by the memory's alignment and the threads.
+    waveform = normalize_waveform(resample(waveform.double().mean(dim=0), sampling_rate)).float()
+    return pad_or_cut(waveform, round(audio_length_in_s * SAMPLING_RATE))

@@ -1,0 +1,951 @@
+"""MeLFusion (arXiv 2406.04673): a picture and a sentence become music."""
+
+import importlib
+import inspect
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AudioPipelineOutput,
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    ModelMixin,
+    SchedulerMixin,
+    StableDiffusionMixin,
+    UNet2DConditionModel,
+)
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import (
+    ClapTextModelWithProjection,
+    CLIPTextModel,
+    CLIPTokenizer,
+    RobertaTokenizer,
+    SpeechT5HifiGan,
+)
+
+from .attention_melfusion import KVBlenders, use_attn_processors
+from .inversion_melfusion import (
+    FEATURE_SOURCES,
+    PREDICTION_TYPES,
+    ImageFeatures,
+    as_pil_images,
+    prepare_image,
+    record_image_features,
+)
+
+logger = logging.get_logger(__name__)
+
+OUTPUT_TYPES = ("np", "pt", "mel", "latent")
+# What a checkpoint carries so that it loads without this package (with `trust_remote_code=True`).
+CODE_FILES = ("pipeline_melfusion.py", "attention_melfusion.py", "inversion_melfusion.py")
+# In an index without components of its own: the folder in which they lie.
+CHECKPOINT_KEY = "_checkpoint"
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+Image = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image | np.ndarray | torch.Tensor]
+
+
+class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
+    """Generates music from a picture, a text prompt or both.
+
+    The picture is DDIM-inverted through a frozen text-to-image UNet; the keys and values of its decoder self-attention
+    are blended by a learned `synapse` into the attention of a text-to-music UNet while that denoises music latents.
+    Source: Chowdhury et al., "MeLFusion: Synthesizing Music from Image and Language Cues using Diffusion Models",
+    CVPR 2024, arXiv 2406.04673.
+
+    Args:
+        vae: Of mel spectrograms, as in AudioLDM.
+        text_encoder: CLAP's text tower.
+        tokenizer: Of `text_encoder`.
+        unet: The text-to-music UNet, conditioned on CLAP embeddings by `class_labels` (AudioLDM, MusicLDM).
+        scheduler: Any diffusers scheduler for the music latents.
+        vocoder: Log-mel spectrogram to waveform.
+        image_vae: Of pictures, as in Stable Diffusion.
+        image_text_encoder: Of the picture's prompt. If None, the picture's UNet is conditioned on zeros.
+        image_tokenizer: Of `image_text_encoder`.
+        image_unet: The text-to-image UNet, `epsilon` or `v_prediction`.
+        image_scheduler: Its noise schedule.
+        synapse: A `VisualSynapse` between the two UNets.
+    """
+
+    model_cpu_offload_seq = "text_encoder->image_text_encoder->image_vae->image_unet->synapse->unet->vae->vocoder"
+    _callback_tensor_inputs = ["latents", "prompt_embeds"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: ClapTextModelWithProjection,
+        tokenizer: RobertaTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        vocoder: SpeechT5HifiGan,
+        image_vae: AutoencoderKL,
+        image_text_encoder: CLIPTextModel,
+        image_tokenizer: CLIPTokenizer,
+        image_unet: UNet2DConditionModel,
+        image_scheduler: SchedulerMixin,
+        synapse: ModelMixin,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            vocoder=vocoder,
+            image_vae=image_vae,
+            image_text_encoder=image_text_encoder,
+            image_tokenizer=image_tokenizer,
+            image_unet=image_unet,
+            image_scheduler=image_scheduler,
+            synapse=synapse,
+        )
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae else 4
+        self.image_vae_scale_factor = 2 ** (len(image_vae.config.block_out_channels) - 1) if image_vae else 8
+
+    @property
+    def guidance_scale(self) -> float:
+        """How strongly the text guides the music; above 1 it is classifier-free guidance."""
+        return self._guidance_scale
+
+    @property
+    def image_guidance_scale(self) -> float | None:
+        """How strongly the picture guides the music, or None for guidance by text alone."""
+        return self._image_guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the UNet runs on more than one guidance branch."""
+        return self._guidance_scale > 1.0 or self._image_guidance_scale is not None
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of timesteps of the last call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to stop denoising."""
+        return self._interrupt
+
+    @property
+    def image_branches(self) -> tuple[float, ...]:
+        """For each guidance branch 1 where it sees the picture, 0 where alpha is dropped for it."""
+        if self._image_guidance_scale is not None:
+            return (0.0, 1.0, 1.0)
+        return (1.0, 1.0) if self.do_classifier_free_guidance else (1.0,)
+
+    # ------------------------------------------------------------------------------------------------ lifecycle
+
+    def check_inputs(
+        self,
+        image: list[PIL.Image.Image] | None,
+        prompt: str | list[str] | None,
+        audio_length_in_s: float,
+        num_inference_steps: int,
+        num_inversion_steps: int,
+        guidance_scale: float,
+        image_guidance_scale: float | None,
+        synapse_scale: float | list[float],
+        negative_prompt: str | list[str] | None,
+        num_waveforms_per_prompt: int,
+        eta: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        image_prompt: str | list[str],
+        image_size: int | None,
+        image_features: ImageFeatures | None,
+        feature_source: str,
+        output_type: str,
+        cross_attention_kwargs: dict[str, Any] | None,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> tuple[int, int]:
+        """Refuses arguments of `__call__` that cannot work, before any model runs.
+
+        Returns:
+            The number of prompts and the number of pictures (0 without a picture).
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If a value is out of range or contradicts another one. Either names argument, value and remedy.
+        """
+        _check_integer("num_inference_steps", num_inference_steps, 1, self.scheduler.config.num_train_timesteps)
+        _check_integer("num_waveforms_per_prompt", num_waveforms_per_prompt, 1)
+        _check_real("guidance_scale", guidance_scale)
+        _check_real("eta", eta, 0.0, 1.0)
+        frame_length = self.vae_scale_factor * self._seconds_per_frame
+        _check_real("audio_length_in_s", audio_length_in_s, frame_length * (1 - 1e-6))
+        _check_choice("output_type", output_type, OUTPUT_TYPES)
+        if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, dict):
+            raise TypeError(f"`cross_attention_kwargs` must be a dict or None, got {cross_attention_kwargs!r}.")
+        for name in callback_on_step_end_tensor_inputs:
+            _check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
+
+        num_images = 0
+        if image is not None and image_features is not None:
+            raise ValueError("Pass `image` or `image_features`, not both: the features already stand for the picture.")
+        if image is not None:
+            num_images = len(image)
+            self._check_image_inputs(num_images, image_prompt, image_size, num_inversion_steps, feature_source)
+        if image_features is not None:
+            num_images = self._check_image_features(image_features)
+        if num_images:
+            self._check_synapse_scale(synapse_scale)
+        if image_guidance_scale is not None:
+            _check_real("image_guidance_scale", image_guidance_scale)
+            if not num_images:
+                raise ValueError(
+                    f"`image_guidance_scale` is {image_guidance_scale}, but there is no picture: pass `image` or"
+                    " `image_features`, or leave it None."
+                )
+
+        num_prompts = self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images)
+        if num_images > 1 and num_prompts > 1 and num_images != num_prompts:
+            raise ValueError(
+                f"{num_images} pictures cannot meet {num_prompts} prompts: pass equal numbers, or one of either."
+            )
+        batch_size = max(num_prompts, num_images) * num_waveforms_per_prompt
+        self._check_generator(generator, batch_size)
+        if latents is not None:
+            if not isinstance(latents, torch.Tensor):
+                raise TypeError(f"`latents` must be a torch tensor, got {type(latents).__name__}.")
+            shape = (batch_size, *self._latent_shape(audio_length_in_s))
+            if tuple(latents.shape) != shape:
+                raise ValueError(
+                    f"`latents` must have the shape {list(shape)} (batch, channels, time, frequency) for"
+                    f" {audio_length_in_s} s, got {list(latents.shape)}."
+                )
+        return num_prompts, num_images
+
+    def _check_prompts(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        num_images: int,
+    ) -> int:
+        if prompt is None and prompt_embeds is None and not num_images:
+            raise ValueError("There is nothing to make music of: pass `image`, `prompt` or both.")
+        for name, text, embeds in (
+            ("prompt", prompt, prompt_embeds),
+            ("negative_prompt", negative_prompt, negative_prompt_embeds),
+        ):
+            _check_text(name, text)
+            if text is not None and embeds is not None:
+                raise ValueError(f"Pass `{name}` or `{name}_embeds`, not both: got {text!r} and a tensor.")
+            if embeds is None:
+                continue
+            if not isinstance(embeds, torch.Tensor):
+                raise TypeError(f"`{name}_embeds` must be a torch tensor, got {type(embeds).__name__}.")
+            width = self.unet.config.projection_class_embeddings_input_dim
+            if embeds.ndim != 2 or embeds.shape[1] != width or not len(embeds):
+                raise ValueError(f"`{name}_embeds` must have the shape [prompts, {width}], got {list(embeds.shape)}.")
+
+        num_prompts = _count(prompt) if prompt_embeds is None else len(prompt_embeds)
+        num_negatives = _count(negative_prompt) if negative_prompt_embeds is None else len(negative_prompt_embeds)
+        if num_negatives not in (1, num_prompts):
+            raise ValueError(
+                f"{num_negatives} negative prompts do not match {num_prompts} prompts: pass equal numbers, or one"
+                " `negative_prompt` for all."
+            )
+        return num_prompts
+
+    def _check_image_inputs(
+        self,
+        num_images: int,
+        image_prompt: str | list[str],
+        image_size: int | None,
+        num_inversion_steps: int,
+        feature_source: str,
+    ) -> None:
+        self.synapse.check_unets(self.image_unet, self.unet)
+        _check_integer("num_inversion_steps", num_inversion_steps, 1, self.image_scheduler.config.num_train_timesteps)
+        _check_choice("feature_source", feature_source, FEATURE_SOURCES)
+        _check_text("image_prompt", image_prompt)
+        if image_prompt is None or _count(image_prompt) not in (1, num_images):
+            raise ValueError(f"`image_prompt` must be one text or {num_images}, one a picture, got {image_prompt!r}.")
+        if image_size is not None:
+            _check_integer("image_size", image_size, self.image_vae_scale_factor)
+            if image_size % self.image_vae_scale_factor:
+                raise ValueError(
+                    f"`image_size` must be a multiple of {self.image_vae_scale_factor} pixels, got {image_size}."
+                )
+        prediction_type = self.image_scheduler.config.prediction_type
+        _check_choice("image_scheduler.config.prediction_type", prediction_type, PREDICTION_TYPES)
+
+    def _check_image_features(self, image_features: ImageFeatures) -> int:
+        if not isinstance(image_features, ImageFeatures):
+            raise TypeError(
+                f"`image_features` must be what `encode_image` returns, got {type(image_features).__name__}."
+            )
+        self.synapse.check_unets(None, self.unet)
+        self.synapse.check_image_features(image_features.keys)
+        return image_features.num_images
+
+    def _check_synapse_scale(self, synapse_scale: float | list[float]) -> None:
+        num_layers = len(self.synapse.config.music_layers)
+        if isinstance(synapse_scale, (np.ndarray, torch.Tensor)):
+            synapse_scale = synapse_scale.tolist()
+        if not isinstance(synapse_scale, (list, tuple)):
+            return _check_real("synapse_scale", synapse_scale)
+        if len(synapse_scale) != num_layers:
+            raise ValueError(
+                f"`synapse_scale` must be one number or {num_layers}, one a layer, got {len(synapse_scale)} numbers."
+            )
+        for scale in synapse_scale:
+            _check_real("synapse_scale", scale)
+
+    @staticmethod
+    def _check_generator(generator: Any, batch_size: int) -> None:
+        generators = generator if isinstance(generator, list) else [generator]
+        if generator is not None and not all(isinstance(single, torch.Generator) for single in generators):
+            raise TypeError(f"`generator` must be a torch.Generator, a list of them or None, got {generator!r}.")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)}, but {batch_size} waveforms are to be made (prompts or"
+                " pictures times `num_waveforms_per_prompt`): pass as many, or one generator."
+            )
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        do_classifier_free_guidance: bool = True,
+        device: torch.device | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encodes texts with CLAP; what it returns can be given to `__call__`.
+
+        Args:
+            prompt: One text or a list; not needed with `prompt_embeds`.
+            negative_prompt: One text for all, or a list as long as the prompts. None is the empty text.
+            prompt_embeds: `[prompts, channels]`, taken as they are.
+            negative_prompt_embeds: As `prompt_embeds`.
+            do_classifier_free_guidance: Whether the negative prompt is needed.
+            device: Where to encode. None is the pipeline's device.
+
+        Returns:
+            `prompt_embeds` and `negative_prompt_embeds`, each `[prompts, channels]` with L2 norm 1; the latter None
+            without guidance.
+        """
+        device = device or self._execution_device
+        dtype = self.text_encoder.dtype if self.text_encoder is not None else self.unet.dtype
+        if prompt_embeds is None:
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            prompt_embeds = self._embed_texts(prompts, self.tokenizer.model_max_length, device)
+        prompt_embeds = prompt_embeds.to(device=device, dtype=dtype)
+        if not do_classifier_free_guidance:
+            return prompt_embeds, None
+
+        if negative_prompt_embeds is None:
+            negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]
+            # AudioLDM pads negative prompts to the width of the embeddings; for its equal output so must we.
+            negatives = negatives * (len(prompt_embeds) // len(negatives))
+            negative_prompt_embeds = self._embed_texts(negatives, prompt_embeds.shape[1], device)
+        negative_prompt_embeds = negative_prompt_embeds.to(device=device, dtype=dtype)
+        return prompt_embeds, negative_prompt_embeds.expand_as(prompt_embeds)
+
+    def _embed_texts(self, texts: list[str], max_length: int, device: torch.device) -> torch.Tensor:
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError(
+                "Texts cannot be encoded without `text_encoder` and `tokenizer`: pass `prompt_embeds` and, for"
+                " `guidance_scale` above 1, `negative_prompt_embeds`."
+            )
+        inputs = _tokenize(self.tokenizer, texts, max_length, device)
+        embeds = self.text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask).text_embeds
+        return F.normalize(embeds, dim=-1)
+
+    @torch.no_grad()
+    def encode_image(
+        self,
+        image: Image,
+        image_prompt: str | list[str] = "",
+        image_size: int | None = None,
+        num_inversion_steps: int = 10,
+        feature_source: str = "inversion",
+    ) -> ImageFeatures:
+        """Inverts pictures and records their keys and values; what it returns serves any number of calls.
+
+        Args:
+            image: As in `__call__`.
+            image_prompt: The text for the picture's UNet; the empty text inverts best.
+            image_size: The side in pixels to which pictures are prepared. None is the image UNet's own.
+            num_inversion_steps: The number of recorded timesteps.
+            feature_source: `"inversion"` or `"reconstruction"` (the paper to the letter, twice the cost).
+
+        Returns:
+            The features, in the dtype of `image_unet`, on its device.
+
+        Raises:
+            TypeError, ValueError: As `__call__`.
+        """
+        image = as_pil_images(image)
+        self._check_image_inputs(len(image), image_prompt, image_size, num_inversion_steps, feature_source)
+        prompt_embeds = self._encode_image_prompt(image_prompt, len(image))
+        features = record_image_features(
+            self.image_unet,
+            self.image_scheduler,
+            self.prepare_image_latents(image, image_size),
+            prompt_embeds,
+            self.synapse.config.image_layers,
+            num_inversion_steps,
+            feature_source,
+            self.progress_bar,
+        )
+        return replace(features, image_size=image_size or self.default_image_size)
+
+    @property
+    def default_image_size(self) -> int:
+        """The side of the picture in pixels for which the image UNet was made."""
+        sample_size = self.image_unet.config.sample_size
+        return (sample_size if isinstance(sample_size, int) else sample_size[0]) * self.image_vae_scale_factor
+
+    @torch.no_grad()
+    def prepare_image_latents(self, image: Image, image_size: int | None = None) -> torch.Tensor:
+        """Prepares pictures and encodes them: the mode of the VAE's posterior, so that no generator is consumed.
+
+        Args:
+            image: As in `__call__`.
+            image_size: The side in pixels. None is the image UNet's own.
+
+        Returns:
+            `z_0^I`, `[pictures, 4, image_size / 8, image_size / 8]` for Stable Diffusion, float32.
+        """
+        image_size = image_size or self.default_image_size
+        pixel_values = torch.stack([prepare_image(single, image_size) for single in as_pil_images(image)])
+        pixel_values = pixel_values.to(device=self._execution_device, dtype=self.image_vae.dtype)
+        latents = self.image_vae.encode(pixel_values).latent_dist.mode()
+        return latents.float() * self.image_vae.config.scaling_factor
+
+    def _encode_image_prompt(self, image_prompt: str | list[str], num_images: int) -> torch.Tensor:
+        device, dtype = self._execution_device, self.image_unet.dtype
+        if self.image_text_encoder is None or self.image_tokenizer is None:
+            logger.warning(
+                "Without `image_text_encoder` and `image_tokenizer` the picture's UNet is conditioned on zeros; the"
+                " features differ from those of the empty prompt."
+            )
+            return torch.zeros(num_images, 1, self.image_unet.config.cross_attention_dim, device=device, dtype=dtype)
+        prompts = [image_prompt] if isinstance(image_prompt, str) else image_prompt
+        inputs = _tokenize(self.image_tokenizer, prompts, self.image_tokenizer.model_max_length, device)
+        use_mask = getattr(self.image_text_encoder.config, "use_attention_mask", False)
+        mask = inputs.attention_mask if use_mask else None
+        embeds = self.image_text_encoder(inputs.input_ids, attention_mask=mask)[0].to(dtype)
+        return embeds.expand(num_images, -1, -1)
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        audio_length_in_s: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Draws the initial noise, or takes `latents`, at the scheduler's initial scale.
+
+        Returns:
+            `[batch_size, channels, time, frequency]`.
+        """
+        if latents is None:
+            shape = (batch_size, *self._latent_shape(audio_length_in_s))
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+
+    @property
+    def _seconds_per_frame(self) -> float:
+        return math.prod(self.vocoder.config.upsample_rates) / self.vocoder.config.sampling_rate
+
+    def _num_frames(self, audio_length_in_s: float) -> int:
+        # The rounding keeps 10.24 / 0.01 = 1024.0000000000001 from asking for one frame more.
+        return math.ceil(round(audio_length_in_s / self._seconds_per_frame, 6))
+
+    def _latent_shape(self, audio_length_in_s: float) -> tuple[int, int, int]:
+        time = math.ceil(self._num_frames(audio_length_in_s) / self.vae_scale_factor)
+        frequency = self.vocoder.config.model_in_dim // self.vae_scale_factor
+        return self.unet.config.in_channels, time, frequency
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decodes music latents `[batch, channels, time, frequency]` to log-mel `[batch, 1, frames, bands]`."""
+        return self.vae.decode(1 / self.vae.config.scaling_factor * latents).sample
+
+    @torch.no_grad()
+    def mel_spectrogram_to_waveform(self, mel_spectrogram: torch.Tensor) -> torch.Tensor:
+        """Turns log-mel `[batch, 1, frames, bands]` into waveforms `[batch, samples]`, float32, on the CPU."""
+        if mel_spectrogram.ndim == 4:
+            mel_spectrogram = mel_spectrogram.squeeze(1)
+        return self.vocoder(mel_spectrogram).cpu().float()
+
+    def fit_image_features(
+        self, image_features: ImageFeatures, latents: torch.Tensor, synapse_scale: float | list[float] = 1.0
+    ) -> tuple[ImageFeatures, torch.Tensor]:
+        """Fits recorded features to the music UNet, once for all denoising steps (visual synapse, method section 2).
+
+        Args:
+            image_features: As recorded.
+            latents: The music latents `[batch, channels, time, frequency]`, for their size.
+            synapse_scale: Multiplies every alpha, or one number for each layer.
+
+        Returns:
+            The features by layer of the music UNet, and the scaled alphas `[layers]`.
+        """
+        num_tokens = self.synapse.num_tokens(*latents.shape[-2:])
+        keys, values, alphas = self.synapse(image_features.keys, image_features.values, num_tokens, synapse_scale)
+        return replace(image_features, keys=keys, values=values), alphas
+
+    def _warn_if_trained_otherwise(self, image_features: ImageFeatures) -> None:
+        config = self.synapse.config
+        if config.image_latents is None:
+            return
+        trained = {"image_size": config.image_size, "num_inversion_steps": config.num_inversion_steps}
+        given = {"image_size": image_features.image_size, "num_inversion_steps": len(image_features.timesteps)}
+        for name, value in trained.items():
+            if value is not None and given[name] is not None and given[name] != value:
+                logger.warning(f"The synapse was trained with `{name}={value}`, this call uses {given[name]}.")
+        if config.image_latents != "inversion":
+            logger.warning(
+                f"The synapse was trained with image latents from {config.image_latents!r}, this call inverts."
+            )
+
+    def _guide(self, noise_pred: torch.Tensor) -> torch.Tensor:
+        """Combines the guidance branches: classifier-free, or after InstructPix2Pix (arXiv 2211.09800, equation 3)."""
+        if self._image_guidance_scale is not None:
+            noise_pred_free, noise_pred_image, noise_pred_text = noise_pred.chunk(3)
+            noise_pred_image_delta = self._image_guidance_scale * (noise_pred_image - noise_pred_free)
+            noise_pred_free = noise_pred_free + noise_pred_image_delta
+            return noise_pred_free + self._guidance_scale * (noise_pred_text - noise_pred_image)
+        if self.do_classifier_free_guidance:
+            noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
+            return noise_pred_uncond + self._guidance_scale * (noise_pred_text - noise_pred_uncond)
+        return noise_pred
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Image | None = None,
+        prompt: str | list[str] | None = None,
+        audio_length_in_s: float | None = None,
+        num_inference_steps: int = 50,
+        num_inversion_steps: int = 10,
+        guidance_scale: float = 3.0,
+        image_guidance_scale: float | None = None,
+        synapse_scale: float | list[float] = 1.0,
+        negative_prompt: str | list[str] | None = None,
+        num_waveforms_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        image_prompt: str | list[str] = "",
+        image_size: int | None = None,
+        image_features: ImageFeatures | None = None,
+        feature_source: str = "inversion",
+        output_type: str = "np",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> AudioPipelineOutput | tuple[np.ndarray | torch.Tensor]:
+        """Generates music.
+
+        One picture serves N prompts, one prompt serves N pictures, N pictures meet N prompts.
+
+        Args:
+            image: PIL images, numpy arrays `[height, width, 3]`, torch tensors `[3, height, width]`, batches or lists
+                of them, uint8 or float in [0, 1]. None is plain text-to-music.
+            prompt: One text or a list. With a picture it may be left out.
+            audio_length_in_s: In seconds. None is the UNet's own length.
+            num_inference_steps: Denoising steps of the music.
+            num_inversion_steps: Inversion steps of the picture; each music step uses the features nearest in time.
+            guidance_scale: Strength of the text; 1 or less is no guidance.
+            image_guidance_scale: Strength of the picture beside that of the text, at the cost of a third branch.
+            synapse_scale: Multiplies every alpha of the synapse, or one number for each layer. 0 ignores the picture.
+            negative_prompt: What to keep out; one text or as many as prompts.
+            num_waveforms_per_prompt: Waveforms for each prompt (or each picture, where those are more).
+            eta: The DDIM paper's, in [0, 1]; for schedulers that take it.
+            generator: For reproducible noise; one, or one for each waveform.
+            latents: Initial noise `[batch, channels, time, frequency]`, unscaled, in place of the generator's.
+            prompt_embeds: `[prompts, channels]`, in place of `prompt`; see `encode_prompt`.
+            negative_prompt_embeds: In place of `negative_prompt`.
+            image_prompt: The text for the picture's UNet; the empty text inverts best.
+            image_size: The side in pixels to which pictures are prepared. None is the image UNet's own.
+            image_features: In place of `image`; see `encode_image`.
+            feature_source: `"inversion"` records while inverting; `"reconstruction"` inverts, then records while
+                sampling back, as the paper does, at twice the cost.
+            output_type: `"np"` or `"pt"` (waveforms), `"mel"` (log-mel spectrograms `[batch, frames, bands]`) or
+                `"latent"`.
+            return_dict: Whether to return `AudioPipelineOutput` instead of a tuple.
+            cross_attention_kwargs: For the attention processors of the music UNet.
+            callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after each step; the tensors that
+                it returns replace the loop's.
+            callback_on_step_end_tensor_inputs: Which of `latents` and `prompt_embeds` (all guidance branches) it gets.
+
+        Returns:
+            `AudioPipelineOutput` with `audios`: float32 `[batch, samples]`, exactly `audio_length_in_s` long, at
+            `pipe.vocoder.config.sampling_rate`.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If an argument is out of range or contradicts another one.
+
+        Examples:
+            ```py
+            >>> import PIL.Image
+            >>> from melfusion_pipeline import MelFusionPipeline
+
+            >>> pipe = MelFusionPipeline.from_pretrained("path/to/checkpoint")
+            >>> audio = pipe(PIL.Image.open("harbour.jpg"), "slow piano").audios[0]
+            ```
+        """
+        # 1. Check inputs
+        image = None if image is None else as_pil_images(image)
+        if audio_length_in_s is None:
+            audio_length_in_s = self.unet.config.sample_size * self.vae_scale_factor * self._seconds_per_frame
+        num_prompts, num_images = self.check_inputs(
+            image,
+            prompt,
+            audio_length_in_s,
+            num_inference_steps,
+            num_inversion_steps,
+            guidance_scale,
+            image_guidance_scale,
+            synapse_scale,
+            negative_prompt,
+            num_waveforms_per_prompt,
+            eta,
+            generator,
+            latents,
+            prompt_embeds,
+            negative_prompt_embeds,
+            image_prompt,
+            image_size,
+            image_features,
+            feature_source,
+            output_type,
+            cross_attention_kwargs,
+            callback_on_step_end_tensor_inputs,
+        )
+        self._guidance_scale = guidance_scale
+        self._image_guidance_scale = image_guidance_scale
+        self._interrupt = False
+        device = self._execution_device
+        batch_size = max(num_prompts, num_images)
+
+        # 2. Encode the prompt
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            "" if prompt is None and prompt_embeds is None else prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            self.do_classifier_free_guidance,
+            device,
+        )
+        branches = [negative_prompt_embeds] * (len(self.image_branches) - 1) + [prompt_embeds]
+        prompt_embeds = torch.cat(
+            [embeds.expand(batch_size, -1).repeat_interleave(num_waveforms_per_prompt, dim=0) for embeds in branches]
+        )
+
+        # 3. Encode the picture: invert, record
+        if image is not None:
+            image_features = self.encode_image(image, image_prompt, image_size, num_inversion_steps, feature_source)
+
+        # 4. Prepare timesteps and latents
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        latents = self.prepare_latents(
+            batch_size * num_waveforms_per_prompt, audio_length_in_s, prompt_embeds.dtype, device, generator, latents
+        )
+        step_parameters = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {"eta": eta, "generator": generator}
+        step_kwargs = {name: value for name, value in step_kwargs.items() if name in step_parameters}
+
+        # 5. Fit the picture's keys and values to the music UNet
+        blenders = KVBlenders([])
+        if image_features is not None:
+            self._warn_if_trained_otherwise(image_features)
+            image_features, alphas = self.fit_image_features(image_features, latents, synapse_scale)
+            blenders = KVBlenders(self.synapse.config.music_layers)
+
+        # 6. Denoise
+        with use_attn_processors(self.unet, blenders), self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                if image_features is not None:
+                    branch_alphas = torch.outer(alphas, alphas.new_tensor(self.image_branches))
+                    blenders.read(image_features.at(t), branch_alphas)
+
+                latent_model_input = torch.cat([latents] * len(self.image_branches))
+                latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
+                noise_pred = self.unet(
+                    latent_model_input,
+                    t,
+                    encoder_hidden_states=None,
+                    class_labels=prompt_embeds,
+                    cross_attention_kwargs=cross_attention_kwargs,
+                ).sample
+                latents = self.scheduler.step(self._guide(noise_pred), t, latents, **step_kwargs).prev_sample
+
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+                    tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    returned = callback_on_step_end(self, i, t, tensors) or {}
+                    latents = returned.pop("latents", latents)
+                    prompt_embeds = returned.pop("prompt_embeds", prompt_embeds)
+                if (i + 1) % self.scheduler.order == 0 or i == len(timesteps) - 1:
+                    progress_bar.update()
+
+        # 7. Decode
+        audio = latents
+        if output_type != "latent":
+            audio = self.decode_latents(latents)
+        if output_type == "mel":
+            audio = audio.squeeze(1)[:, : self._num_frames(audio_length_in_s)]
+        elif output_type != "latent":
+            audio = self.mel_spectrogram_to_waveform(audio)
+            audio = audio[:, : round(audio_length_in_s * self.vocoder.config.sampling_rate)]
+        if output_type == "np":
+            audio = audio.numpy()
+
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (audio,)
+        return AudioPipelineOutput(audios=audio)
+
+    # -------------------------------------------------------------------------------- composing, saving, loading
+
+    @classmethod
+    def from_base_models(
+        cls,
+        image_model: str | os.PathLike,
+        music_model: str | os.PathLike,
+        synapse: str | os.PathLike | ModelMixin | None = None,
+        **kwargs: Any,
+    ) -> "MelFusionPipeline":
+        """Composes a Stable Diffusion checkpoint with an AudioLDM or MusicLDM checkpoint.
+
+        Args:
+            image_model: Hub id or folder of a text-to-image checkpoint with a `UNet2DConditionModel`.
+            music_model: Hub id or folder of an AudioLDM or MusicLDM checkpoint.
+            synapse: Hub id or folder (of a synapse alone or of a whole pipeline), a `VisualSynapse`, or None:
+                untrained, with alpha = 0, so that the music does not follow the picture yet.
+            **kwargs: `torch_dtype` (or `dtype`), `variant`, `cache_dir`, `token`, `revision`, `local_files_only`, ...,
+                as `from_pretrained` takes them. Only safetensors weights are read.
+
+        Raises:
+            ValueError: If a UNet needs a conditioning that this pipeline does not give, or the decoders do not match.
+        """
+        dtype = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", dtype)
+        kwargs.setdefault("use_safetensors", True)
+        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+
+        def load(component_class: type, model: str | os.PathLike, subfolder: str) -> Any:
+            if issubclass(component_class, ModelMixin):
+                return component_class.from_pretrained(model, subfolder=subfolder, torch_dtype=dtype, **kwargs)
+            if issubclass(component_class, torch.nn.Module):
+                return component_class.from_pretrained(model, subfolder=subfolder, dtype=dtype, **kwargs)
+            return component_class.from_pretrained(model, subfolder=subfolder, **hub_kwargs)
+
+        scheduler_config = DDIMScheduler.load_config(music_model, subfolder="scheduler", **hub_kwargs)
+        components = {
+            "vae": load(AutoencoderKL, music_model, "vae"),
+            "text_encoder": load(ClapTextModelWithProjection, music_model, "text_encoder"),
+            "tokenizer": load(RobertaTokenizer, music_model, "tokenizer"),
+            "unet": load(UNet2DConditionModel, music_model, "unet"),
+            "scheduler": load(getattr(diffusers, scheduler_config["_class_name"]), music_model, "scheduler"),
+            "vocoder": load(SpeechT5HifiGan, music_model, "vocoder"),
+            "image_vae": load(AutoencoderKL, image_model, "vae"),
+            "image_text_encoder": load(CLIPTextModel, image_model, "text_encoder"),
+            "image_tokenizer": load(CLIPTokenizer, image_model, "tokenizer"),
+            "image_unet": load(UNet2DConditionModel, image_model, "unet"),
+            "image_scheduler": load(DDIMScheduler, image_model, "scheduler"),
+        }
+        _check_unets(components["image_unet"], components["unet"])
+        synapse_class = importlib.import_module(f"{__package__}.modeling_melfusion").VisualSynapse
+        if synapse is None:
+            synapse = synapse_class.from_unets(components["image_unet"], components["unet"]).to(dtype).eval()
+        elif not isinstance(synapse, ModelMixin):
+            synapse = _load_synapse(synapse_class, synapse, torch_dtype=dtype, **kwargs)
+        synapse.check_unets(components["image_unet"], components["unet"])
+        return cls(**components, synapse=synapse)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "MelFusionPipeline":
+        """Loads a checkpoint, as `DiffusionPipeline.from_pretrained`, from safetensors only.
+
+        A folder whose index names another folder inside it as the checkpoint is followed there: so the root of this
+        project's repository loads its bundled checkpoint.
+
+        Raises:
+            FileNotFoundError: If the folder named by the index does not exist.
+            ValueError: If the folder named by the index lies outside.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        return super().from_pretrained(_follow_index(pretrained_model_name_or_path, cls.config_name), **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Saves the pipeline with the code that loads it, as `DiffusionPipeline.save_pretrained`.
+
+        Everything is written beside `save_directory` first and moved there file by file when it is complete. Weights
+        are safetensors whatever `safe_serialization` says.
+        """
+        if not kwargs.pop("safe_serialization", True):
+            logger.warning("`safe_serialization=False` is ignored: this pipeline saves safetensors only.")
+        target = Path(save_directory)
+        if target.is_file():
+            raise ValueError(f"`save_directory` must be a folder, got the file {target}.")
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", target.name)
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}-") as staging:
+            super().save_pretrained(staging, **kwargs)
+            # The index last: where it lies, what it names is complete.
+            files = sorted(Path(staging).rglob("*"), key=lambda file: file.name == self.config_name)
+            for file in files:
+                if file.is_file():
+                    destination = target / file.relative_to(staging)
+                    destination.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(file, destination)
+
+    def save_config(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Writes `model_index.json` and, beside it, the code that loads the checkpoint without this package."""
+        for name in CODE_FILES:
+            shutil.copyfile(Path(__file__).with_name(name), Path(save_directory, name))
+        if self.synapse is not None:
+            module = sys.modules[type(self.synapse).__module__]
+            folder = Path(save_directory, "synapse")
+            folder.mkdir(exist_ok=True)
+            shutil.copyfile(module.__file__, folder / "modeling_melfusion.py")
+        super().save_config(save_directory, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The index as the Hub needs it: pipeline and synapse under their file names, not this package's."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = ["pipeline_melfusion", "MelFusionPipeline"]
+        if self.synapse is not None:
+            config["synapse"] = ["modeling_melfusion", "VisualSynapse"]
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # With the plain name diffusers uses this class and never runs the checkpoint's own code.
+        config = super()._dict_from_json_file(*args, **kwargs)
+        if isinstance(config.get("_class_name"), list):
+            config["_class_name"] = config["_class_name"][-1]
+        return config
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """Reads the index; the synapse's class is then the installed one, not the checkpoint's file."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        installed = f"{__package__}.modeling_melfusion"
+        if (config.get("synapse") or [None])[0] == "modeling_melfusion" and installed in sys.modules:
+            config["synapse"] = [installed, "VisualSynapse"]
+        return loaded
+
+
+def _follow_index(folder: str | os.PathLike, index_name: str) -> str | os.PathLike:
+    index = Path(folder, index_name)
+    checkpoint = json.loads(index.read_text()).get(CHECKPOINT_KEY) if index.is_file() else None
+    if checkpoint is None:
+        return folder
+    root = Path(folder).resolve()
+    target = (root / checkpoint).resolve()
+    if not target.is_relative_to(root):
+        raise ValueError(f"{index} names the checkpoint {checkpoint!r}, which lies outside of its folder.")
+    if not (target / index_name).is_file():
+        raise FileNotFoundError(
+            f"The bundled checkpoint is not there yet: {index} names {checkpoint!r}, which holds no {index_name}."
+            " Compose a pipeline with `MelFusionPipeline.from_base_models(image_model, music_model)`, or load another"
+            " checkpoint."
+        )
+    return target
+
+
+def _load_synapse(synapse_class: type, synapse: str | os.PathLike, **kwargs: Any) -> ModelMixin:
+    """Loads a synapse from its own folder or repository, or from a whole pipeline's."""
+    try:
+        return synapse_class.from_pretrained(synapse, subfolder="synapse", **kwargs)
+    except OSError:
+        return synapse_class.from_pretrained(synapse, **kwargs)
+
+
+def _check_unets(image_unet: ModelMixin, unet: ModelMixin) -> None:
+    if image_unet.config.addition_embed_type is not None or image_unet.config.class_embed_type is not None:
+        raise ValueError(
+            "`image_model` needs conditioning beside its text (addition_embed_type="
+            f"{image_unet.config.addition_embed_type!r}, class_embed_type={image_unet.config.class_embed_type!r}):"
+            " use a checkpoint of the Stable Diffusion 1 or 2 family."
+        )
+    if unet.config.class_embed_type != "simple_projection":
+        raise ValueError(
+            f"`music_model` must condition on CLAP embeddings, but its class_embed_type is"
+            f" {unet.config.class_embed_type!r}: use an AudioLDM or MusicLDM checkpoint."
+        )
+
+
+def _tokenize(tokenizer: Any, texts: list[str], max_length: int, device: torch.device) -> Any:
+    inputs = tokenizer(texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
+    longest = max(len(ids) for ids in tokenizer(texts).input_ids)
+    if longest > max_length:
+        logger.warning(f"A text of {longest} tokens was cut to the {max_length} that the text encoder takes.")
+    return inputs.to(device)
+
+
+def _count(text: str | list[str] | None) -> int:
+    return len(text) if isinstance(text, list) else 1
+
+
+def _check_text(name: str, text: Any) -> None:
+    texts = text if isinstance(text, list) else [text]
+    if text is not None and not all(isinstance(single, str) for single in texts):
+        raise TypeError(f"`{name}` must be a str or a list of str, got {text!r}.")
+    if not texts:
+        raise ValueError(f"`{name}` is an empty list: pass one text at least.")
+
+
+def _check_choice(name: str, value: Any, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+
+
+def _check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"`{name}` must be an int, got {value!r}.")
+    if value < minimum or (maximum is not None and value > maximum):
+        limits = f"at least {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
+        raise ValueError(f"`{name}` must be {limits}, got {value}.")
+
+
+def _check_real(name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    if not math.isfinite(value) or not minimum <= value <= maximum:
+        limits = "" if minimum == -math.inf else f" and in [{minimum:g}, {maximum:g}]"
+        raise ValueError(f"`{name}` must be finite{limits}, got {value}.")

@@ -1,0 +1,71 @@
+"""Tiny components of the real classes, built locally, and the settings that all tests share."""
+
+import os
+
+import diffusers.utils.dynamic_modules_utils
+import huggingface_hub
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import transformers.dynamic_module_utils
+import transformers.utils.hub
+from hub_standin import HubStandIn
+from untrained import untrained_components
+
+from melfusion_pipeline import MelFusionPipeline
+
+# Nothing in the tests may reach the network; tests that need a Hub start a loopback one and point to it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tiny tensors gain nothing from threads, and lose much where the cores are shared.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def components() -> dict:
+    return untrained_components()
+
+
+@pytest.fixture
+def pipe(components: dict) -> MelFusionPipeline:
+    pipe = MelFusionPipeline(**components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def photograph(seed: int = 0, width: int = 48, height: int = 32) -> PIL.Image.Image:
+    """A picture with structure at several scales."""
+    rng = np.random.default_rng(seed)
+    coarse = PIL.Image.fromarray(rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)).resize((width, height))
+    noise = rng.normal(0, 8, (height, width, 3))
+    return PIL.Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def image() -> PIL.Image.Image:
+    return photograph()
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on the loopback interface, to which everything in this process and its children talks."""
+    home = tmp_path / "huggingface"
+    constants = huggingface_hub.constants
+    with HubStandIn() as hub:
+        for name, value in hub.environment(home).items():
+            monkeypatch.setenv(name, value)
+        url = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        for module in (diffusers.utils.dynamic_modules_utils, transformers.dynamic_module_utils):
+            monkeypatch.setattr(module, "HF_MODULES_CACHE", str(home / "modules"))
+        yield hub

@@ -1,0 +1,270 @@
+import itertools
+import math
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.attention_processor import Attention
+from untrained import music_unet, picture_unet
+
+from melfusion_pipeline import VisualSynapse
+from melfusion_pipeline.attention_melfusion import (
+    BlendKVAttnProcessor,
+    KVBlenders,
+    KVCell,
+    KVRecorders,
+    use_attn_processors,
+)
+from melfusion_pipeline.modeling_melfusion import decoder_layers
+
+
+def textbook_pool(states: torch.Tensor, size: int) -> torch.Tensor:
+    """Adaptive average pooling of the first axis, by its definition."""
+    length = states.shape[0]
+    windows = [(index * length // size, math.ceil((index + 1) * length / size)) for index in range(size)]
+    return torch.stack([states[start:stop].mean(0) for start, stop in windows])
+
+
+def textbook_attention(attn, hidden_states, context, image_key, image_value, alpha, key_map, value_map, mask):
+    """method.md, section 2, for one row: every step written out, explicit softmax."""
+    query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+    fitted_key = textbook_pool(image_key, len(key)) @ key_map.T
+    fitted_value = textbook_pool(image_value, len(value)) @ value_map.T
+    key = alpha * fitted_key + (1 - alpha) * key
+    value = alpha * fitted_value + (1 - alpha) * value
+    width = query.shape[-1] // attn.heads
+    heads = []
+    for head in range(attn.heads):
+        columns = slice(head * width, (head + 1) * width)
+        scores = query[:, columns] @ key[:, columns].T / math.sqrt(width)
+        if mask is not None:
+            scores = scores + mask
+        weights = torch.exp(scores - scores.max(dim=-1, keepdim=True).values)
+        heads.append(weights / weights.sum(dim=-1, keepdim=True) @ value[:, columns])
+    return attn.to_out[0](torch.cat(heads, dim=-1))
+
+
+@pytest.mark.parametrize("projection", ["linear", "pool"])
+@pytest.mark.parametrize("position", ["no text", "text", "text with mask"])
+def test_blending_equals_a_textbook_implementation(projection: str, position: str):
+    torch.manual_seed(1)
+    text, branches, pictures, waveforms = position != "no text", 2, 2, 2
+    attn = Attention(16, 24 if text else 16, heads=4, dim_head=4).double()
+    synapse = VisualSynapse(["a"], [20], ["b"], [16], [0], projection=projection).double()
+    if projection == "linear":
+        for projections in (synapse.key_projections, synapse.value_projections):
+            torch.nn.init.normal_(projections[0].weight)
+        key_map, value_map = synapse.key_projections[0].weight, synapse.value_projections[0].weight
+    else:
+        key_map = value_map = textbook_pool(torch.eye(20, dtype=torch.double), 16)
+
+    rows, music_tokens = branches * pictures * waveforms, 11
+    hidden_states = torch.randn(rows, music_tokens, 16).double()
+    context = torch.randn(rows, 7, 24).double() if text else None
+    mask = torch.zeros(rows, 1, 7).double()
+    if position == "text with mask":
+        mask[::2, :, 5:] = -10000.0
+    keys, values = torch.randn(2, 3, pictures, 33, 20).double()
+    alphas = torch.rand(1, branches, pictures).double()
+
+    fitted_keys, fitted_values, _ = synapse({"a": keys}, {"a": values}, [7 if text else music_tokens])
+    blenders = KVBlenders(["b"])
+    attn.set_processor(blenders["b"])
+    for step in range(3):
+        blenders.read({"b": (fitted_keys["b"][step], fitted_values["b"][step])}, alphas)
+        output = attn(hidden_states, context, mask if position == "text with mask" else None)
+        for row in range(rows):
+            branch, picture = row // (pictures * waveforms), row // waveforms % pictures
+            expected = textbook_attention(
+                attn,
+                hidden_states[row],
+                hidden_states[row] if context is None else context[row],
+                keys[step, picture],
+                values[step, picture],
+                alphas[0, branch, picture],
+                key_map,
+                value_map,
+                mask[row] if position == "text with mask" else None,
+            )
+            assert (output[row] - expected).abs().max() < 1e-6
+
+
+def test_a_padded_text_does_not_depend_on_its_batch_mates():
+    torch.manual_seed(0)
+    attn = Attention(16, 24, heads=4, dim_head=4)
+    processor = BlendKVAttnProcessor(KVCell())
+    attn.set_processor(processor)
+    key, value = torch.randn(2, 1, 7, 16)
+    processor.cell.write(key, value)
+    processor.alpha = torch.full((1, 1, 1, 1, 1), 0.4)
+    hidden_states, text = torch.randn(2, 5, 16), torch.randn(2, 7, 24)
+    mask = torch.zeros(2, 1, 7)
+    mask[0, :, 4:] = -10000.0
+    together = attn(hidden_states, text, mask)
+    alone = attn(hidden_states[:1], text[:1], mask[:1])
+    torch.testing.assert_close(together[:1], alone)
+    padding = text.clone()
+    padding[0, 4:] += 100
+    torch.testing.assert_close(attn(hidden_states, padding, mask)[0], together[0])
+
+
+def blend_inputs(unet: UNet2DConditionModel, batch_size: int = 2) -> dict:
+    width = unet.config.projection_class_embeddings_input_dim
+    return {
+        "sample": torch.randn(batch_size, 4, 8, 4),
+        "timestep": torch.tensor(7),
+        "encoder_hidden_states": None,
+        "class_labels": torch.randn(batch_size, width),
+    }
+
+
+def ready_blenders(unet: UNet2DConditionModel, alpha: float | torch.Tensor, steps: int = 1) -> tuple[KVBlenders, list]:
+    """Blenders for `unet` and what they read at each of `steps`."""
+    synapse = VisualSynapse.from_unets(picture_unet(), unet)
+    layers = list(zip(synapse.config.music_layers, synapse.config.music_widths, synapse.num_tokens(8, 4)))
+    blenders = KVBlenders(synapse.config.music_layers)
+    alphas = torch.as_tensor(alpha).expand(len(layers)).unsqueeze(1)
+    readings = [
+        ({name: tuple(torch.randn(2, 1, tokens, width)) for name, width, tokens in layers}, alphas)
+        for _ in range(steps)
+    ]
+    blenders.read(*readings[0])
+    return blenders, readings
+
+
+def test_alpha_zero_is_the_unet_bit_for_bit():
+    torch.manual_seed(0)
+    unet = music_unet().eval()
+    inputs = blend_inputs(unet)
+    with torch.no_grad():
+        expected = unet(**inputs).sample
+        blenders, _ = ready_blenders(unet, 0.0)
+        with use_attn_processors(unet, blenders):
+            assert torch.equal(unet(**inputs).sample, expected)
+        blenders, _ = ready_blenders(unet, 0.5)
+        with use_attn_processors(unet, blenders):
+            assert not torch.allclose(unet(**inputs).sample, expected, atol=1e-4)
+
+
+def test_recording_leaves_the_output_bitwise_unchanged_and_records_the_layers_own_keys():
+    torch.manual_seed(0)
+    unet = picture_unet().eval()
+    inputs = (torch.randn(2, 4, 80, 72), torch.tensor(7), torch.randn(2, 5, 24))
+    layers = [name for name, _, _ in decoder_layers(unet, "attn1")]
+    projected, hooks = {}, []
+    for at in itertools.product(layers, ("to_k", "to_v")):
+        module = unet.get_submodule(".".join(at))
+        hooks.append(module.register_forward_hook(lambda _, __, output, at=at: projected.update({at: output})))
+    with torch.no_grad():
+        expected = unet(*inputs).sample
+        for hook in hooks:
+            hook.remove()
+        recorders = KVRecorders(unet, layers)
+        with use_attn_processors(unet, recorders):
+            assert torch.equal(unet(*inputs).sample, expected)
+    recorded = recorders.take()
+    assert projected[layers[-1], "to_k"].shape[1] == 80 * 72
+    for layer in layers:
+        for index, side in enumerate(("to_k", "to_v")):
+            own = projected[layer, side]
+            pooled = torch.stack([textbook_pool(row, min(len(row), 1024)) for row in own])
+            torch.testing.assert_close(recorded[layer][index], pooled)
+    with pytest.raises(RuntimeError, match="No keys and values"):
+        recorders.take()
+
+
+def test_processors_are_restored_also_after_an_exception():
+    unet = music_unet()
+    originals = dict(unet.attn_processors)
+    blenders, _ = ready_blenders(unet, 0.3)
+    with pytest.raises(KeyboardInterrupt), use_attn_processors(unet, blenders):
+        installed = unet.attn_processors
+        assert sum(isinstance(processor, BlendKVAttnProcessor) for processor in installed.values()) == len(blenders)
+        raise KeyboardInterrupt
+    assert unet.attn_processors.keys() == originals.keys()
+    assert all(unet.attn_processors[name] is originals[name] for name in originals)
+
+
+def test_blending_without_anything_to_read_is_refused():
+    unet = music_unet()
+    blenders = KVBlenders([name for name, _, _ in decoder_layers(unet, "attn2")])
+    with use_attn_processors(unet, blenders), pytest.raises(RuntimeError, match="No keys and values"):
+        unet(**blend_inputs(unet))
+
+
+def test_attention_backends_reach_the_blending_processors():
+    torch.manual_seed(0)
+    unet = music_unet().eval()
+    inputs = blend_inputs(unet)
+    blenders, _ = ready_blenders(unet, 0.5)
+    with torch.no_grad(), use_attn_processors(unet, blenders):
+        expected = unet(**inputs).sample
+        with attention_backend("_native_math"):
+            torch.testing.assert_close(unet(**inputs).sample, expected, atol=1e-5, rtol=1e-4)
+        unet.set_attention_backend("_native_math")
+        assert all(processor._attention_backend.value == "_native_math" for processor in blenders.values())
+        unet.set_attention_backend("native")
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    torch.manual_seed(0)
+    unet = music_unet().train()
+    inputs = blend_inputs(unet)
+    alpha = torch.tensor(0.4, requires_grad=True)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        unet.zero_grad()
+        alpha.grad = None
+        torch.manual_seed(5)
+        blenders, _ = ready_blenders(unet, alpha)
+        with use_attn_processors(unet, blenders):
+            unet(**inputs).sample.square().mean().backward()
+        gradients.append([alpha.grad.clone(), *(parameter.grad.clone() for parameter in unet.parameters())])
+    assert gradients[0][0].abs() > 1e-6
+    for plain, checkpointed in zip(*gradients):
+        torch.testing.assert_close(plain, checkpointed, atol=1e-6, rtol=1e-5)
+
+
+class CompileCounter:
+    """A compiler backend that only counts the graphs it is given."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph_module, example_inputs):
+        self.graphs += 1
+        return graph_module.forward
+
+
+def test_compiled_unets_run_as_one_graph_without_recompilation():
+    torch.manual_seed(0)
+    unet, image_unet = music_unet().eval(), picture_unet().eval()
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(unet, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for call in range(2):
+            blenders, readings = ready_blenders(unet, 0.1 + 0.3 * call, steps=4)
+            with use_attn_processors(compiled, blenders):
+                for step, reading in enumerate(readings):
+                    blenders.read(*reading)
+                    inputs = blend_inputs(unet) | {"timestep": torch.tensor(100 * step)}
+                    output = compiled(**inputs).sample
+                    torch.testing.assert_close(output, unet(**inputs).sample, atol=1e-4, rtol=1e-4)
+    assert counter.graphs == 1
+
+    counter = CompileCounter()
+    compiled = torch.compile(image_unet, backend=counter, fullgraph=True)
+    layers = [name for name, _, _ in decoder_layers(image_unet, "attn1")]
+    recorders = KVRecorders(image_unet, layers)
+    with torch.no_grad(), use_attn_processors(compiled, recorders):
+        for step in range(4):
+            inputs = (torch.randn(1, 4, 8, 8), torch.tensor(100 * step), torch.randn(1, 5, 24))
+            output, recorded = compiled(*inputs).sample, recorders.take()
+            torch.testing.assert_close(output, image_unet(*inputs).sample, atol=1e-4, rtol=1e-4)
+            for layer, (key, _) in recorders.take().items():
+                torch.testing.assert_close(recorded[layer][0], key, atol=1e-4, rtol=1e-4)
+    assert counter.graphs == 1

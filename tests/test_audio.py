@@ -1,0 +1,287 @@
+"""Reading and writing sound files, and the mel front end against librosa."""
+
+import logging
+import os
+
+import librosa
+import numpy as np
+import pytest
+import soundfile
+import torch
+from diffusers import AutoencoderKL
+
+from melfusion_pipeline.audio import (
+    encode_mel,
+    load_audio,
+    log_mel_spectrogram,
+    mel_filters,
+    normalize_waveform,
+    resample,
+    save_audio,
+    waveform_to_latents,
+)
+
+
+def polyphonic_music(sampling_rate: int, seconds: float, seed: int = 0) -> np.ndarray:
+    """Chords of decaying harmonic notes, a drum of filtered noise, and the noise floor of a recording."""
+    rng = np.random.default_rng(seed)
+    music = 1e-5 * rng.standard_normal(round(sampling_rate * seconds))
+    for onset in range(0, len(music), sampling_rate * 2 // 5):
+        age = np.arange(min(sampling_rate, len(music) - onset)) / sampling_rate
+        pitches = rng.choice([110, 131, 165, 220, 262, 330, 440, 523], size=(3, 1, 1), replace=False)
+        harmonics = np.arange(1, 9)[:, None]
+        notes = (np.sin(2 * np.pi * pitches * harmonics * age) / harmonics**1.5).sum(axis=(0, 1)) * np.exp(-4 * age)
+        music[onset:][: len(age)] += notes + 0.5 * np.exp(-40 * age) * rng.standard_normal(len(age))
+    return 0.8 * music / np.abs(music).max()
+
+
+def librosa_log_mel(waveform: np.ndarray) -> np.ndarray:
+    spectrum = np.abs(
+        librosa.stft(waveform, n_fft=1024, hop_length=160, window="hann", center=True, pad_mode="reflect")
+    )
+    filters = librosa.filters.mel(sr=16000, n_fft=1024, n_mels=64, fmin=0, fmax=8000, dtype=np.float64)
+    return np.log(np.maximum(filters @ spectrum, 1e-5)).T[: len(waveform) // 160]
+
+
+def strongest_frequency(waveform: torch.Tensor, sampling_rate: int) -> float:
+    samples = waveform.double() * torch.hann_window(waveform.shape[-1], dtype=torch.float64)
+    spectrum = torch.fft.rfft(samples, 16 * waveform.shape[-1]).abs()
+    return spectrum.argmax().item() * sampling_rate / (16 * waveform.shape[-1])
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        latent_channels=8,
+        scaling_factor=0.9,
+    ).eval()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-4), (torch.float32, 2e-3)])
+def test_log_mel_equals_librosa(dtype, tolerance):
+    clips = [polyphonic_music(16000, 10.24, seed) for seed in range(2)]
+    clips += [librosa.chirp(fmin=50, fmax=7000, sr=16000, length=163840) / 2, np.sin(0.17 * np.arange(163840)) / 2]
+    waveform = torch.tensor(np.stack(clips), dtype=dtype)
+    log_mel = log_mel_spectrogram(waveform)
+    expected = np.stack([librosa_log_mel(clip) for clip in waveform.double().numpy()])
+    assert log_mel.dtype == dtype and log_mel.shape == (4, 1024, 64)
+    assert np.abs(log_mel.double().numpy() - expected).max() < tolerance
+
+
+def test_mel_filters_equal_librosa():
+    expected = librosa.filters.mel(sr=16000, n_fft=1024, n_mels=64, fmin=0, fmax=8000, dtype=np.float64)
+    assert np.abs(mel_filters().numpy().T - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize("length", [513, 16000, 16001, 16159, 16160])
+def test_number_of_frames_and_batching(length):
+    waveform = torch.from_numpy(polyphonic_music(16000, 2.2)[: 2 * length].reshape(2, 1, length))
+    log_mel = log_mel_spectrogram(waveform)
+    assert log_mel.shape == (2, 1, length // 160, 64)
+    assert torch.allclose(log_mel[1, 0], log_mel_spectrogram(waveform[1, 0]), rtol=0, atol=1e-12)
+
+
+def test_log_mel_is_differentiable_and_ignores_autocast():
+    waveform = torch.from_numpy(polyphonic_music(16000, 0.05)).requires_grad_()
+    assert torch.autograd.gradcheck(log_mel_spectrogram, waveform, fast_mode=True)
+    waveform = torch.from_numpy(polyphonic_music(16000, 1.0)).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(log_mel_spectrogram(waveform), log_mel_spectrogram(waveform))
+        under_autocast = log_mel_spectrogram(waveform)
+    assert torch.equal(under_autocast, log_mel_spectrogram(waveform))
+
+
+def test_normalize_waveform_sets_mean_and_peak_and_keeps_silence():
+    waveform = torch.tensor([[0.2, 0.3, 0.9, 0.2], [0.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 1e-6, 0.0]])
+    normalized = normalize_waveform(waveform)
+    assert torch.allclose(normalized.mean(dim=-1), torch.zeros(4), atol=1e-7)
+    assert torch.allclose(normalized.abs().amax(dim=-1), torch.tensor([0.5, 0.0, 0.0, 0.5]))
+    assert torch.equal(normalized[1:3], torch.zeros(2, 4))
+    constant = torch.full((163840,), 0.3)
+    assert torch.equal(normalize_waveform(constant), torch.zeros(163840))
+
+
+@pytest.mark.parametrize("sampling_rate", [8000, 11025, 22050, 44100, 44101, 48000, 96000])
+def test_resample_keeps_length_pitch_and_level(sampling_rate):
+    time = torch.arange(2 * sampling_rate, dtype=torch.float64) / sampling_rate
+    tone = resample(torch.sin(2 * torch.pi * 440 * time), sampling_rate)
+    expected = torch.sin(2 * torch.pi * 440 * torch.arange(32000, dtype=torch.float64) / 16000)
+    assert tone.shape == (32000,)
+    assert (tone - expected)[2000:-2000].abs().max() < 1e-3
+
+
+def test_resample_keeps_samples_when_doubling_the_rate_and_removes_what_would_alias():
+    music = torch.from_numpy(polyphonic_music(8000, 1.0))
+    assert torch.allclose(resample(music, 8000)[::2], music, rtol=0, atol=1e-5)
+    time = torch.arange(44100, dtype=torch.float64) / 44100
+    assert resample(torch.sin(2 * torch.pi * 10000 * time), 44100)[1600:-1600].abs().max() < 1e-5
+    music = music[:300].requires_grad_()
+    assert torch.autograd.gradcheck(lambda waveform: resample(waveform, 44100), music, fast_mode=True)
+
+
+@pytest.mark.parametrize("suffix, sampling_rate, channels", [("mp3", 44100, 2), ("flac", 8000, 1), ("ogg", 48000, 2)])
+def test_files_of_any_rate_keep_length_and_pitch(tmp_path, suffix, sampling_rate, channels):
+    time = np.arange(3 * sampling_rate) / sampling_rate
+    tone = np.stack([0.6 * np.sin(2 * np.pi * 440 * time)] * channels, axis=1)
+    soundfile.write(tmp_path / f"tone.{suffix}", tone, sampling_rate, format=suffix.upper())
+    waveform, rate = load_audio(tmp_path / f"tone.{suffix}")
+    assert rate == sampling_rate and waveform.shape == (channels, 3 * sampling_rate)
+    mono = resample(waveform.mean(dim=0), rate)
+    assert mono.shape == (48000,)
+    assert abs(strongest_frequency(mono, 16000) - 440) < 0.1
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+def test_load_audio_reads_only_the_wanted_frames(tmp_path, suffix):
+    path = tmp_path / f"music.{suffix}"
+    soundfile.write(path, np.stack([polyphonic_music(44100, 6.0, seed) for seed in range(2)], axis=1), 44100)
+    whole, _ = load_audio(path)
+    for start in (0.0, 0.3, 3.3):
+        part, rate = load_audio(path, start=start, duration=2.0)
+        assert rate == 44100 and part.shape == (2, 88200)
+        assert torch.allclose(part, whole[:, round(start * 44100) :][:, :88200], rtol=0, atol=1e-5)
+    assert load_audio(path, start=5.5, duration=2.0)[0].shape == (2, 22050)
+    with pytest.raises(ValueError, match="holds no samples at 7.0 s"):
+        load_audio(path, start=7.0)
+
+
+def test_load_audio_refuses_what_it_cannot_read(tmp_path):
+    (tmp_path / "empty.wav").write_bytes(b"")
+    soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan]), 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "short.wav", np.zeros(0), 16000)
+    for name, message in [
+        ("empty", "cannot be read"),
+        ("missing", "cannot be read"),
+        ("nan", "NaN"),
+        ("short", "no samples"),
+    ]:
+        with pytest.raises(ValueError, match=rf"{name}\.wav.*{message}"):
+            load_audio(tmp_path / f"{name}.wav")
+    for arguments in ({"start": -1.0}, {"start": float("nan")}, {"duration": 0.0}, {"duration": float("inf")}):
+        with pytest.raises(ValueError, match=f"`{next(iter(arguments))}`"):
+            load_audio(tmp_path / "nan.wav", **arguments)
+
+
+@torch.no_grad()
+def test_waveform_to_latents_equals_the_steps_written_out(vae):
+    stereo = np.stack([polyphonic_music(16000, 1.5, seed) + 0.1 for seed in range(2)])
+    mono = stereo.mean(axis=0) - stereo.mean()
+    mono = np.pad(mono / np.abs(mono).max() * 0.5, (0, 40960 - 24000))
+    mel = torch.from_numpy(librosa_log_mel(mono)).float()[None, None]
+    expected = vae.encode(mel).latent_dist
+    latents = waveform_to_latents(stereo, 16000, vae, audio_length_in_s=2.56)
+    assert latents.shape == (1, 8, 64, 16) and latents.dtype == torch.float32
+    assert torch.allclose(latents, expected.mode() * 0.9, atol=1e-4)
+    arguments = {"audio_length_in_s": 2.56, "sample_mode": "sample"}
+    sampled = waveform_to_latents(stereo, 16000, vae, generator=torch.Generator().manual_seed(3), **arguments)
+    assert torch.allclose(sampled, expected.sample(torch.Generator().manual_seed(3)) * 0.9, atol=1e-4)
+    assert not torch.allclose(sampled, latents, atol=1e-2)
+
+
+@torch.no_grad()
+def test_waveform_to_latents_takes_every_shape_rate_and_length(vae):
+    music = torch.from_numpy(polyphonic_music(44100, 1.0)).float()
+    single = waveform_to_latents(music, 44100, vae, audio_length_in_s=0.64)
+    assert single.shape == (1, 8, 16, 16)
+    for waveform in (music[None], music.expand(2, -1), music.expand(1, 2, -1)):
+        assert torch.allclose(waveform_to_latents(waveform, 44100, vae, audio_length_in_s=0.64), single, atol=1e-5)
+    batch = torch.stack([music, music.flip(0)])[:, None]
+    latents = waveform_to_latents(batch, 44100, vae, audio_length_in_s=0.64)
+    assert latents.shape == (2, 8, 16, 16) and torch.allclose(latents[:1], single, atol=1e-5)
+    assert waveform_to_latents(music, 44100, vae).shape == (1, 8, 25, 16)
+    assert waveform_to_latents(music[:10000].half(), 44100, vae).shape == (1, 8, 6, 16)
+    half_vae = AutoencoderKL.from_config(vae.config).to(torch.bfloat16)
+    assert waveform_to_latents(music, 44100, half_vae).dtype == torch.bfloat16
+
+
+def test_waveform_to_latents_is_differentiable(vae):
+    waveform = torch.from_numpy(polyphonic_music(22050, 0.5)).float().requires_grad_()
+    waveform_to_latents(waveform, 22050, vae).square().sum().backward()
+    assert waveform.grad.isfinite().all() and waveform.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"waveform": [0.0, 1.0]}, TypeError, "`waveform` .*list"),
+        ({"waveform": np.zeros(9, dtype=np.int16)}, TypeError, "`waveform` .*int16"),
+        ({"waveform": torch.zeros(2, 0)}, ValueError, "`waveform` must hold samples"),
+        ({"waveform": torch.tensor([0.0, float("nan")])}, ValueError, "`waveform` holds NaN"),
+        ({"waveform": torch.zeros(1, 1, 1, 900)}, ValueError, "`waveform` must be"),
+        ({"sampling_rate": 0}, ValueError, "`sampling_rate`"),
+        ({"sampling_rate": 44100.5}, ValueError, "`sampling_rate`"),
+        ({"audio_length_in_s": -1.0}, ValueError, "`audio_length_in_s`"),
+        ({"audio_length_in_s": float("nan")}, ValueError, "`audio_length_in_s`"),
+        ({"sample_mode": "mean"}, ValueError, "`sample_mode` .* 'mean'"),
+    ],
+)
+def test_waveform_to_latents_refuses_bad_arguments(vae, changes, error, message):
+    arguments = {"waveform": torch.zeros(16000), "sampling_rate": 16000, "vae": vae} | changes
+    with pytest.raises(error, match=message):
+        waveform_to_latents(**arguments)
+
+
+def test_single_steps_refuse_bad_shapes(vae):
+    with pytest.raises(ValueError, match="longer than 512"):
+        log_mel_spectrogram(torch.zeros(512))
+    with pytest.raises(ValueError, match=r"`mel` .* \[1, 1, 64, 64\]"):
+        encode_mel(torch.zeros(1, 1, 64, 64), vae)
+
+
+@pytest.mark.parametrize("name", ["music.wav", "music.FLAC"])
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_save_audio_round_trip(tmp_path, name, kind):
+    stereo = np.stack([polyphonic_music(22050, 0.5, seed) for seed in range(2)])
+    for waveform in (stereo, stereo[0], stereo.astype(np.float32)):
+        save_audio(tmp_path / name, kind(waveform), 22050)
+        written, rate = soundfile.read(tmp_path / name)
+        assert rate == 22050 and np.abs(written.T - waveform).max() < 1 / 32000
+    assert soundfile.info(tmp_path / name).format == name[-4:].strip(".").upper()
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_save_audio_scales_loud_waveforms_with_a_warning(tmp_path, caplog):
+    loud = 2.5 * polyphonic_music(16000, 0.5)
+    with caplog.at_level(logging.WARNING):
+        save_audio(tmp_path / "loud.wav", loud, 16000)
+    written, _ = soundfile.read(tmp_path / "loud.wav")
+    assert np.abs(written - loud / np.abs(loud).max()).max() < 1 / 32000
+    assert "2.000" in caplog.text and "loud.wav" in caplog.text
+    caplog.clear()
+    save_audio(tmp_path / "quiet.wav", loud / 4, 16000)
+    assert not caplog.text and np.abs(soundfile.read(tmp_path / "quiet.wav")[0] - loud / 4).max() < 1 / 32000
+
+
+@pytest.mark.parametrize(
+    "name, waveform, sampling_rate, error",
+    [
+        ("a.mp3", np.zeros(9), 16000, ValueError),
+        ("a", np.zeros(9), 16000, ValueError),
+        ("missing/a.wav", np.zeros(9), 16000, ValueError),
+        ("a.wav", np.array([0.0, np.nan]), 16000, ValueError),
+        ("a.wav", np.array([0.0, np.inf]), 16000, ValueError),
+        ("a.wav", np.zeros(0), 16000, ValueError),
+        ("a.wav", np.zeros((900, 2)), 16000, ValueError),
+        ("a.wav", np.zeros((1, 2, 9)), 16000, ValueError),
+        ("a.flac", np.zeros((9, 900)), 16000, ValueError),
+        ("a.wav", np.zeros(9), 0, ValueError),
+        ("a.wav", np.zeros(9), 16000.5, ValueError),
+        ("a.wav", np.zeros(9), True, ValueError),
+        ("a.wav", np.zeros(9, dtype=np.int16), 16000, TypeError),
+        ("a.wav", [0.0], 16000, TypeError),
+    ],
+)
+def test_save_audio_refuses_and_keeps_the_existing_file(tmp_path, name, waveform, sampling_rate, error):
+    for existing in ("a.wav", "a.flac"):
+        (tmp_path / existing).write_bytes(b"kept")
+    with pytest.raises(error, match="`waveform`|`path`|`sampling_rate`|make no FLAC"):
+        save_audio(tmp_path / name, waveform, sampling_rate)
+    assert sorted(os.listdir(tmp_path)) == ["a.flac", "a.wav"]
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "a.flac").read_bytes() == b"kept"

@@ -1,0 +1,325 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import photograph
+from diffusers import DDIMScheduler, PNDMScheduler
+from untrained import picture_unet
+
+from melfusion_pipeline import ImageFeatures
+from melfusion_pipeline.inversion_melfusion import (
+    as_pil_images,
+    ddim_step,
+    ddim_walk,
+    inversion_grid,
+    prepare_image,
+    record_image_features,
+)
+from melfusion_pipeline.modeling_melfusion import decoder_layers
+
+
+def image_scheduler(prediction_type: str = "epsilon", **changes) -> DDIMScheduler:
+    config = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+    }
+    return DDIMScheduler(**{**config, "prediction_type": prediction_type, **changes})
+
+
+# ------------------------------------------------------------------------------------------------ the picture
+
+
+def test_a_picture_is_resized_on_its_shorter_side_cropped_in_the_centre_and_scaled():
+    picture = photograph(5, 80, 40)
+    prepared = prepare_image(picture, 16)
+    resized = picture.resize((32, 16), PIL.Image.Resampling.LANCZOS).crop((8, 0, 24, 16))
+    expected = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 127.5 - 1
+    assert prepared.shape == (3, 16, 16) and prepared.dtype == torch.float32
+    torch.testing.assert_close(prepared, expected, atol=1.01 / 127.5, rtol=0)
+    assert prepare_image(PIL.Image.new("RGB", (9, 9), "white"), 8).eq(1).all()
+    assert prepare_image(PIL.Image.new("RGB", (9, 9), "black"), 8).eq(-1).all()
+
+
+def test_every_kind_of_picture_gives_the_same_pixels():
+    picture = photograph(3, 31, 23)
+    array = np.asarray(picture)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    kinds = [picture, array, array / 255, array.astype(np.float32) / 255, tensor, tensor.double() / 255, array[None]]
+    expected = prepare_image(picture, 16)
+    for kind in (*kinds, tensor[None], [picture]):
+        (single,) = as_pil_images(kind)
+        assert torch.equal(prepare_image(single, 16), expected)
+    assert len(as_pil_images(kinds[:6])) == 6
+
+
+def test_exif_rotation_cmyk_16_bit_and_transparency_are_handled():
+    upright = photograph(1, 20, 32)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    upright.rotate(90, expand=True).save(file, "png", exif=exif)
+    assert torch.equal(prepare_image(PIL.Image.open(file), 16), prepare_image(upright, 16))
+
+    grey = (np.linspace(0, 65535, 256).reshape(16, 16)).astype(np.uint16)
+    deep = prepare_image(PIL.Image.fromarray(grey), 16)
+    torch.testing.assert_close(deep[0], torch.from_numpy(grey.astype(np.float32) / 32767.5 - 1), atol=1 / 127, rtol=0)
+
+    assert (prepare_image(PIL.Image.new("RGBA", (4, 4), (255, 0, 0, 0)), 8) == 1).all()
+    red = prepare_image(PIL.Image.new("CMYK", (4, 4), (0, 255, 255, 0)), 8)
+    assert (red[0] == 1).all() and (red[1:] == -1).all()
+    assert prepare_image(PIL.Image.new("RGB", (1, 1)), 8).shape == (3, 8, 8)
+    assert prepare_image(PIL.Image.new("L", (1, 5000), 7), 8).shape == (3, 8, 8)
+
+
+def test_random_crops_follow_the_generator_and_stay_inside():
+    picture = photograph(2, 90, 30)
+    crops = [prepare_image(picture, 16, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(crops[0], crops[1]) and not torch.equal(crops[0], crops[2])
+
+
+BOMB = PIL.Image.new("1", (1, 1))
+WRONG_IMAGES = {
+    "empty list": ([], ValueError, "empty list"),
+    "path": ("picture.jpg", TypeError, "PIL image"),
+    "None inside": ([None], TypeError, r"image\[0\]"),
+    "zero side": (np.zeros((0, 8, 3), np.uint8), ValueError, "zero pixels"),
+    "no batch": (np.zeros((0, 8, 8, 3), np.uint8), ValueError, "no picture"),
+    "NaN": (np.full((8, 8, 3), np.nan), ValueError, "NaN"),
+    "four channels": (np.zeros((8, 8, 4), np.uint8), ValueError, r"\[height, width, 3\]"),
+    "grey": (np.zeros((8, 8), np.uint8), ValueError, r"\[height, width, 3\]"),
+    "channels last tensor": (torch.zeros(8, 8, 3), ValueError, r"\[3, height, width\]"),
+    "0..255 float": (np.full((8, 8, 3), 200.0), ValueError, r"\[0, 1\]"),
+    "-1..1 tensor": (torch.full((3, 8, 8), -0.5), ValueError, r"\[0, 1\]"),
+    "int64": (np.zeros((8, 8, 3), np.int64), TypeError, "uint8"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_IMAGES)
+def test_wrong_pictures_are_refused(case: str):
+    image, error, message = WRONG_IMAGES[case]
+    with pytest.raises(error, match=message):
+        as_pil_images(image)
+
+
+def test_damaged_and_oversized_pictures_are_refused(tmp_path: Path, monkeypatch):
+    photograph().resize((300, 300)).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:3000])
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        as_pil_images(PIL.Image.open(tmp_path / "cut.jpg"))
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="decompression bomb"):
+        as_pil_images(photograph())
+
+
+# ------------------------------------------------------------------------------------------------- inversion
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 10, 50, 61, 122, 999, 1000])
+def test_the_grid_is_trailing_and_starts_at_the_final_alpha(steps: int):
+    scheduler = image_scheduler()
+    levels = inversion_grid(scheduler, steps)
+    assert len(levels) == steps + 1 and levels[0] == (0, float(scheduler.final_alpha_cumprod))
+    expected = [round(1000 * index / steps) - 1 for index in range(1, steps + 1)]
+    assert [level.timestep for level in levels[1:]] == pytest.approx(expected, abs=1)
+    assert levels[-1].timestep == 999 and all(a.timestep <= b.timestep for a, b in zip(levels, levels[1:]))
+    for level in levels[1:]:
+        assert level.alpha_cumprod == float(scheduler.alphas_cumprod[level.timestep])
+    if steps == 10:
+        assert [level.timestep for level in levels] == [0, *range(99, 1000, 100)]
+
+
+def test_the_grid_reads_any_scheduler_and_its_final_alpha():
+    assert inversion_grid(image_scheduler(set_alpha_to_one=True), 4)[0].alpha_cumprod == 1.0
+    config = image_scheduler().config
+    assert inversion_grid(PNDMScheduler.from_config(config), 10) == inversion_grid(image_scheduler(), 10)
+
+
+class Oracle(torch.nn.Module):
+    """A known model output in place of a UNet: what the recursion is checked with must not be the thing itself."""
+
+    dtype = torch.float64
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.calls = function, []
+
+    def forward(self, latents, timestep, encoder_hidden_states):
+        self.calls.append((int(timestep), latents))
+        output = type("Output", (), {})()
+        output.sample = self.function(latents, timestep)
+        return output
+
+
+@pytest.mark.parametrize("steps", [3, 7, 10])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_inversion_equals_the_closed_form_step_by_step(prediction_type: str, steps: int):
+    torch.manual_seed(0)
+    scheduler = image_scheduler(prediction_type)
+    mixing = torch.randn(4, 4, dtype=torch.float64)
+    model = Oracle(lambda z, t: torch.tanh(torch.einsum("ij,bjhw->bihw", mixing, z)) * (0.3 + t / 2000))
+    latents = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    levels = inversion_grid(scheduler, steps)
+
+    alphas = [float(scheduler.final_alpha_cumprod)]
+    alphas += [float(scheduler.alphas_cumprod[level.timestep]) for level in levels[1:]]
+    times = [level.timestep for level in levels]
+    z = latents
+    walked = list(ddim_walk(model, latents, torch.zeros(2, 1, 8), levels, prediction_type))
+    for index in range(steps):
+        output = model.function(z, times[index])
+        a, b = alphas[index], alphas[index + 1]
+        eps = output if prediction_type == "epsilon" else a**0.5 * output + (1 - a) ** 0.5 * z
+        x0 = (z - (1 - a) ** 0.5 * eps) / a**0.5
+        z = b**0.5 * x0 + (1 - b) ** 0.5 * eps
+        level, reached = walked[index]
+        assert level.timestep == times[index + 1] and (reached - z).abs().max() < 1e-10
+        assert model.calls[index][0] == times[index]
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_with_a_constant_eps_the_round_trip_is_exact(steps: int):
+    torch.manual_seed(0)
+    eps = torch.randn(1, 4, 8, 8)
+    model = Oracle(lambda z, t: eps)
+    model.dtype = torch.float32
+    levels = inversion_grid(image_scheduler(), steps)
+    latents = torch.randn(1, 4, 8, 8)
+    *_, (_, inverted) = ddim_walk(model, latents, None, levels, "epsilon")
+    *_, (_, restored) = ddim_walk(model, inverted, None, levels[::-1], "epsilon")
+    assert (inverted - latents).abs().max() > 0.1
+    assert (restored - latents).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_round_trip_improves_with_the_number_of_steps(prediction_type: str, capsys):
+    torch.manual_seed(0)
+    unet = picture_unet().eval()
+    latents, prompt_embeds = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24)
+    errors = []
+    for steps in (4, 8, 16, 32):
+        levels = inversion_grid(image_scheduler(prediction_type), steps)
+        with torch.no_grad():
+            *_, (_, inverted) = ddim_walk(unet, latents, prompt_embeds, levels, prediction_type)
+            *_, (_, restored) = ddim_walk(unet, inverted, prompt_embeds, levels[::-1], prediction_type)
+        errors.append((restored - latents).square().mean().sqrt().item())
+    with capsys.disabled():
+        print(f"\nround trip, {prediction_type}, 4/8/16/32 steps:", [f"{error:.4f}" for error in errors])
+    assert all(later < earlier for earlier, later in zip(errors, errors[1:])) and errors[-1] < errors[0] / 2
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("feature_source", ["inversion", "reconstruction"])
+def test_recorded_features_equal_a_textbook_loop(feature_source: str, prediction_type: str):
+    torch.manual_seed(0)
+    unet, scheduler, steps = picture_unet().eval(), image_scheduler(prediction_type), 4
+    latents, prompt_embeds = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 24)
+    layers = [name for name, _, _ in decoder_layers(unet, "attn1")]
+    originals = dict(unet.attn_processors)
+    with torch.no_grad():
+        features = record_image_features(
+            unet, scheduler, latents, prompt_embeds, layers, steps, feature_source=feature_source
+        )
+    assert all(unet.attn_processors[name] is processor for name, processor in originals.items())
+
+    times = [0, 249, 499, 749, 999]
+    abar = [scheduler.final_alpha_cumprod] + [scheduler.alphas_cumprod[t] for t in times[1:]]
+    passes, seen = [], {}
+    for layer in layers:
+        for side in ("to_k", "to_v"):
+            module = unet.get_submodule(f"{layer}.{side}")
+            module.register_forward_hook(lambda _, __, output, at=(layer, side): seen.update({at: output}))
+
+    def step(z, source, target):
+        output = unet(z, times[source], prompt_embeds).sample
+        passes.append((times[source], dict(seen)))
+        a, b = abar[source], abar[target]
+        eps = output if prediction_type == "epsilon" else a**0.5 * output + (1 - a) ** 0.5 * z
+        return b**0.5 * (z - (1 - a) ** 0.5 * eps) / a**0.5 + (1 - b) ** 0.5 * eps
+
+    z = latents
+    with torch.no_grad():
+        for index in range(steps):
+            z = step(z, index, index + 1)
+        if feature_source == "reconstruction":
+            passes.clear()
+            for index in range(steps, 0, -1):
+                z = step(z, index, index - 1)
+    assert features.timesteps.tolist() == [time for time, _ in passes]
+    for recorded, (_, expected) in enumerate(passes):
+        for layer in layers:
+            torch.testing.assert_close(features.keys[layer][recorded], expected[layer, "to_k"], atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(features.values[layer][recorded], expected[layer, "to_v"], atol=1e-4, rtol=1e-3)
+
+
+def test_a_batch_of_pictures_equals_its_pictures():
+    torch.manual_seed(0)
+    unet, layers = picture_unet().eval(), []
+    layers = [name for name, _, _ in decoder_layers(unet, "attn1")]
+    latents, prompt_embeds = torch.randn(3, 4, 8, 8), torch.randn(1, 5, 24).expand(3, -1, -1)
+    with torch.no_grad():
+        together = record_image_features(unet, image_scheduler(), latents, prompt_embeds, layers, 3)
+        alone = record_image_features(unet, image_scheduler(), latents[1:2], prompt_embeds[:1], layers, 3)
+    assert together.num_images == 3 and alone.num_images == 1
+    for layer in layers:
+        torch.testing.assert_close(together.keys[layer][:, 1:2], alone.keys[layer], atol=1e-5, rtol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------- features
+
+
+def some_features(steps: int = 3) -> ImageFeatures:
+    torch.manual_seed(0)
+    keys, values = ({name: torch.randn(steps, 2, 5, 4) for name in ("a.attn1", "b.attn1")} for _ in range(2))
+    return ImageFeatures(keys, values, torch.tensor([0, 333, 666][:steps]), "inversion", 32)
+
+
+@pytest.mark.parametrize(("timestep", "step"), [(0, 0), (160, 0), (170, 1), (999, 2), (666.4, 2), (-5, 0)])
+def test_at_gives_the_nearest_recorded_timestep(timestep: float, step: int):
+    features = some_features()
+    for t in (timestep, torch.tensor(timestep)):
+        key, value = features.at(t)["b.attn1"]
+        assert torch.equal(key, features.keys["b.attn1"][step])
+        assert torch.equal(value, features.values["b.attn1"][step])
+
+
+def test_features_move_and_survive_the_disk(tmp_path: Path):
+    features = some_features().to(torch.float16)
+    assert features.keys["a.attn1"].dtype == torch.float16
+    assert features.nbytes == 4 * 3 * 2 * 5 * 4 * 2
+    features.save(tmp_path / "picture.safetensors")
+    loaded = ImageFeatures.load(tmp_path / "picture.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["picture.safetensors"]
+    assert loaded.feature_source == "inversion" and loaded.image_size == 32
+    assert torch.equal(loaded.timesteps, features.timesteps)
+    for layer in features.keys:
+        assert torch.equal(loaded.keys[layer], features.keys[layer])
+        assert torch.equal(loaded.values[layer], features.values[layer])
+
+
+def test_damaged_feature_files_are_refused_by_name(tmp_path: Path):
+    path = tmp_path / "picture.safetensors"
+    some_features().save(path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="picture.safetensors is no complete file"):
+        ImageFeatures.load(path)
+
+
+def test_inconsistent_features_are_refused():
+    features = some_features()
+    with pytest.raises(ValueError, match="same layers"):
+        ImageFeatures(features.keys, {}, features.timesteps)
+    with pytest.raises(ValueError, match="steps=2"):
+        ImageFeatures(features.keys, features.values, features.timesteps[:2])
+
+
+def test_ddim_step_ends_where_it_began_for_equal_levels():
+    latents, output = torch.randn(2, 1, 4, 4, 4)
+    for prediction_type in ("epsilon", "v_prediction"):
+        torch.testing.assert_close(ddim_step(output, latents, 0.3, 0.3, prediction_type), latents)

@@ -1,0 +1,462 @@
+import math
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import generator, photograph
+from diffusers import (
+    AudioLDMPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+)
+from untrained import music_unet, picture_unet, untrained_components
+
+from melfusion_pipeline import ImageFeatures, MelFusionPipeline, VisualSynapse
+
+PROMPTS = ["a calm piano", "loud drums and a bass"]
+FAST = {"num_inference_steps": 2, "num_inversion_steps": 2, "guidance_scale": 3.0}
+
+
+def run(pipe: MelFusionPipeline, *args, seed: int = 0, **kwargs) -> np.ndarray:
+    return pipe(*args, generator=generator(seed), **{**FAST, **kwargs}).audios
+
+
+def audioldm(components: dict, **kwargs) -> np.ndarray:
+    names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "vocoder")
+    oracle = AudioLDMPipeline(**{name: components[name] for name in names})
+    oracle.set_progress_bar_config(disable=True)
+    kwargs = {"num_inference_steps": 2, "guidance_scale": 3.0, "generator": generator(), **kwargs}
+    return oracle(**kwargs).audios
+
+
+# ----------------------------------------------------------------------------------- it is text-to-music at alpha = 0
+
+
+@pytest.mark.parametrize("case", ["no picture", "alpha 0", "synapse_scale 0", "scale 0 in each layer"])
+@pytest.mark.parametrize("guidance_scale", [3.0, 1.0])
+def test_without_the_pictures_influence_it_is_audioldm_bit_for_bit(pipe, components, case, guidance_scale):
+    kwargs = {"negative_prompt": ["noise", "hiss"], "num_waveforms_per_prompt": 2, "guidance_scale": guidance_scale}
+    expected = audioldm(components, prompt=PROMPTS, **kwargs)
+    image = None if case == "no picture" else photograph()
+    if case == "alpha 0":
+        components["synapse"].reset_parameters()
+    if case == "synapse_scale 0":
+        kwargs["synapse_scale"] = 0
+    if case == "scale 0 in each layer":
+        kwargs["synapse_scale"] = [0.0] * 6
+    assert np.array_equal(run(pipe, image, PROMPTS, **kwargs), expected)
+
+
+def test_without_a_negative_prompt_and_with_other_lengths_it_is_audioldm_too(pipe, components):
+    for kwargs in ({"audio_length_in_s": 0.96}, {"eta": 0.7}, {"prompt": "a flute"}):
+        kwargs = {"prompt": PROMPTS, **kwargs}
+        assert np.array_equal(run(pipe, **kwargs), audioldm(components, **kwargs))
+
+
+def test_the_picture_matters_when_alpha_is_not_zero(pipe, image):
+    plain = run(pipe, None, PROMPTS[0])
+    one, other = run(pipe, image, PROMPTS[0]), run(pipe, photograph(9), PROMPTS[0])
+    scale = np.abs(plain).max()
+    assert scale > 1e-3
+    assert np.abs(one - plain).max() > 1e-3 * scale and np.abs(one - other).max() > 1e-6 * scale
+    assert np.array_equal(one, run(pipe, image, PROMPTS[0]))
+
+
+def test_guidance_with_a_picture_is_the_sum_of_its_branches(pipe, image):
+    """Section 4 of method.md: three passes, each alone, combined by hand."""
+
+    def prediction(prompt: str, **kwargs) -> torch.Tensor:
+        outputs = []
+        hook = pipe.unet.register_forward_hook(lambda _, __, output: outputs.append(output.sample))
+        run(pipe, image, prompt, num_inference_steps=1, output_type="latent", **kwargs)
+        hook.remove()
+        return outputs[0]
+
+    three = prediction(PROMPTS[0], negative_prompt="noise", image_guidance_scale=1.7, guidance_scale=2.5)
+    guided = pipe._guide(three)
+    free = prediction("noise", guidance_scale=1.0, synapse_scale=0.0)
+    seen = prediction("noise", guidance_scale=1.0)
+    full = prediction(PROMPTS[0], guidance_scale=1.0)
+    torch.testing.assert_close(three, torch.cat([free, seen, full]), atol=1e-5, rtol=1e-4)
+    assert (free - seen).abs().max() > 1e-3 and (full - seen).abs().max() > 1e-5
+    torch.testing.assert_close(guided, free + 1.7 * (seen - free) + 2.5 * (full - seen), atol=1e-5, rtol=1e-4)
+
+    two = prediction(PROMPTS[0], negative_prompt="noise", guidance_scale=2.5)
+    torch.testing.assert_close(pipe._guide(two), seen + 2.5 * (full - seen), atol=1e-5, rtol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------- pictures, prompts
+
+
+def test_pictures_and_prompts_meet_as_they_should(pipe):
+    pictures = [photograph(1), photograph(2)]
+    pairs = run(pipe, pictures, PROMPTS, latents=(noise := torch.randn(2, 4, 8, 2)))
+    for index in range(2):
+        alone = run(pipe, pictures[index], PROMPTS[index], latents=noise[index : index + 1])
+        np.testing.assert_allclose(pairs[index], alone[0], atol=1e-5)
+    one_picture = run(pipe, pictures[1], PROMPTS, latents=noise)
+    np.testing.assert_allclose(one_picture[1], pairs[1], atol=1e-5)
+    one_prompt = run(pipe, pictures, PROMPTS[1], latents=noise)
+    np.testing.assert_allclose(one_prompt[1], pairs[1], atol=1e-5)
+    no_prompt = run(pipe, pictures, latents=noise)
+    np.testing.assert_allclose(no_prompt, run(pipe, pictures, "", latents=noise))
+
+
+def test_waveforms_are_laid_out_prompt_by_prompt_with_their_own_picture(pipe):
+    pictures, noise = [photograph(1), photograph(2)], torch.randn(4, 4, 8, 2)
+    kwargs = {"num_waveforms_per_prompt": 2, "image_guidance_scale": 1.5}
+    together = run(pipe, pictures, PROMPTS, latents=noise, **kwargs)
+    second = run(pipe, pictures[1], PROMPTS[1], latents=noise[2:], **kwargs)
+    np.testing.assert_allclose(together[2:], second, atol=1e-5)
+
+
+def test_features_computed_once_serve_other_calls_lengths_and_files(pipe, image, tmp_path):
+    features = pipe.encode_image(image, num_inversion_steps=2)
+    assert features.image_size == 32 and len(features.timesteps) == 2 and features.num_images == 1
+    features.save(tmp_path / "features.safetensors")
+    loaded = ImageFeatures.load(tmp_path / "features.safetensors")
+    for kwargs in ({}, {"prompt": PROMPTS}, {"audio_length_in_s": 0.5}, {"num_inference_steps": 3}):
+        kwargs = {"prompt": PROMPTS[0], **kwargs}
+        fresh = run(pipe, image, **kwargs)
+        assert np.array_equal(run(pipe, image_features=features, **kwargs), fresh)
+        assert np.array_equal(run(pipe, image_features=loaded, **kwargs), fresh)
+
+
+def test_feature_sources_and_image_arguments_change_the_features(pipe, image):
+    layer = pipe.synapse.config.image_layers[0]
+    base = pipe.encode_image(image, num_inversion_steps=2)
+    paper = pipe.encode_image(image, num_inversion_steps=2, feature_source="reconstruction")
+    assert base.timesteps.tolist() == [0, 499] and paper.timesteps.tolist() == [999, 499]
+    prompted = pipe.encode_image(image, "a harbour", num_inversion_steps=2)
+    assert not torch.allclose(base.keys[layer], prompted.keys[layer])
+    larger = pipe.encode_image(image, image_size=48, num_inversion_steps=2)
+    assert larger.keys[layer].shape[2] == math.ceil(12 / 4) ** 2 and larger.image_size == 48
+
+
+def test_image_latents_are_the_posterior_mode_and_consume_no_randomness(pipe, image):
+    state = torch.get_rng_state()
+    latents = pipe.prepare_image_latents([image, photograph(4)])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert latents.shape == (2, 4, 8, 8) and latents.dtype == torch.float32
+    assert torch.equal(latents, pipe.prepare_image_latents([image, photograph(4)]))
+
+
+def test_the_state_dicts_and_processors_are_untouched_by_a_call_and_by_an_exception(pipe, image):
+    models = (pipe.image_unet, pipe.unet)
+    weights = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in models]
+    processors = [dict(model.attn_processors) for model in models]
+
+    def interrupt(pipe, step, timestep, tensors):
+        raise KeyboardInterrupt
+
+    run(pipe, image, PROMPTS[0])
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, image, PROMPTS[0], callback_on_step_end=interrupt)
+    for model, before, installed in zip(models, weights, processors):
+        assert model.state_dict().keys() == before.keys()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert all(model.attn_processors[name] is processor for name, processor in installed.items())
+    assert np.isfinite(run(pipe, image, PROMPTS[0])).all()
+
+
+# --------------------------------------------------------------------------------------------------- what comes out
+
+
+@pytest.mark.parametrize("seconds", [0.04, 0.1, 0.333, 1.2345])
+def test_the_waveform_is_exactly_as_long_as_asked(pipe, image, seconds):
+    audio = run(pipe, image, PROMPTS[0], audio_length_in_s=seconds)
+    assert audio.shape == (1, round(seconds * 16000)) and audio.dtype == np.float32
+    mel = run(pipe, image, PROMPTS[0], audio_length_in_s=seconds, output_type="mel")
+    assert mel.shape == (1, math.ceil(round(seconds * 100, 6)), 8)
+
+
+def test_output_types_and_return_dict(pipe, image):
+    audio = run(pipe, image, PROMPTS[0])
+    tensor = run(pipe, image, PROMPTS[0], output_type="pt")
+    assert isinstance(tensor, torch.Tensor) and np.array_equal(tensor.numpy(), audio)
+    latents = run(pipe, image, PROMPTS[0], output_type="latent")
+    assert latents.shape == (1, 4, 8, 2)
+    mel = pipe.decode_latents(latents)
+    assert torch.equal(run(pipe, image, PROMPTS[0], output_type="mel"), mel.squeeze(1))
+    assert np.array_equal(pipe.mel_spectrogram_to_waveform(mel)[:, : audio.shape[1]].numpy(), audio)
+    (as_tuple,) = pipe(image, PROMPTS[0], generator=generator(), return_dict=False, **FAST)
+    assert np.array_equal(as_tuple, audio)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DPMSolverMultistepScheduler,
+        EulerDiscreteScheduler,
+        HeunDiscreteScheduler,
+        LMSDiscreteScheduler,
+        PNDMScheduler,
+    ],
+)
+def test_any_scheduler_drives_the_music(pipe, image, components, scheduler):
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    audio = run(pipe, image, PROMPTS[0], num_inference_steps=4)
+    assert np.isfinite(audio).all() and np.array_equal(audio, run(pipe, image, PROMPTS[0], num_inference_steps=4))
+    oracle = audioldm({**components, "scheduler": pipe.scheduler}, prompt=PROMPTS, num_inference_steps=4)
+    assert np.array_equal(run(pipe, image, PROMPTS, synapse_scale=0, num_inference_steps=4), oracle)
+
+
+def test_a_callback_can_change_latents_prompts_and_guidance_and_interrupt(pipe, image):
+    seen = []
+
+    def change(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep), tensors["prompt_embeds"].shape[0]))
+        if step == 1:
+            pipe._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        if step == 2:
+            tensors["latents"] = torch.zeros_like(tensors["latents"])
+            pipe._interrupt = True
+        return tensors
+
+    names = ["latents", "prompt_embeds"]
+    latents = run(
+        pipe,
+        image,
+        PROMPTS,
+        num_inference_steps=5,
+        output_type="latent",
+        callback_on_step_end=change,
+        callback_on_step_end_tensor_inputs=names,
+    )
+    assert not latents.any() and pipe.num_timesteps == 5
+    assert [(step, rows) for step, _, rows in seen] == [(0, 4), (1, 4), (2, 2)]
+
+
+def test_encode_prompt_alone_gives_what_a_call_takes(pipe, image):
+    prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(PROMPTS, "noise")
+    torch.testing.assert_close(prompt_embeds.norm(dim=-1), torch.ones(2))
+    kwargs = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+    expected = run(pipe, image, PROMPTS, negative_prompt="noise", num_waveforms_per_prompt=2)
+    assert np.array_equal(run(pipe, image, num_waveforms_per_prompt=2, **kwargs), expected)
+    pipe.text_encoder = pipe.tokenizer = None
+    assert np.array_equal(run(pipe, image, num_waveforms_per_prompt=2, **kwargs), expected)
+
+
+def test_long_prompts_are_cut_with_a_warning(pipe, caplog):
+    import diffusers
+
+    diffusers.utils.logging.enable_propagation()
+    run(pipe, None, "very long " * 100)
+    diffusers.utils.logging.disable_propagation()
+    assert "was cut to the 77" in caplog.text
+
+
+def test_a_call_unlike_the_training_warns(pipe, image, caplog):
+    import diffusers
+
+    pipe.synapse.register_to_config(image_latents="inversion", num_inversion_steps=2, image_size=32)
+    diffusers.utils.logging.enable_propagation()
+    run(pipe, image, PROMPTS[0])
+    assert not caplog.text
+    run(pipe, image, PROMPTS[0], num_inversion_steps=3, image_size=48)
+    diffusers.utils.logging.disable_propagation()
+    assert "num_inversion_steps=2" in caplog.text and "image_size=32" in caplog.text
+
+
+# -------------------------------------------------------------------------------- diffusers' own battery of behaviours
+
+
+def test_a_batch_of_three_equals_its_singles(pipe):
+    pictures = [photograph(seed) for seed in range(3)]
+    prompts = ["short", "a middling long prompt of strings", "very long " * 20]
+    together = pipe(pictures, prompts, generator=[generator(seed) for seed in range(3)], **FAST).audios
+    for index in range(3):
+        alone = pipe(pictures[index], prompts[index], generator=generator(index), **FAST).audios
+        assert np.abs(together[index] - alone[0]).max() < 1e-4
+
+
+def test_attention_slicing_and_vae_slicing_do_not_change_the_result(pipe, image):
+    expected = run(pipe, image, PROMPTS)
+    pipe.enable_attention_slicing(1)
+    pipe.vae.enable_slicing()
+    assert np.abs(run(pipe, image, PROMPTS) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_runs_close_to_full(components, image, dtype):
+    pipe = MelFusionPipeline(**components)
+    pipe.set_progress_bar_config(disable=True)
+    expected = run(pipe, image, PROMPTS[0], output_type="latent")
+    latents = run(pipe.to(dtype), image, PROMPTS[0], output_type="latent")
+    assert latents.dtype == dtype
+    assert (latents.float() - expected).abs().max() < 0.1 * expected.abs().max()
+    audio = run(pipe, image, PROMPTS[0])
+    assert audio.dtype == np.float32 and np.isfinite(audio).all()
+
+
+def test_model_and_group_offload_give_the_same_result(pipe, image):
+    expected = run(pipe, image, PROMPTS[0])
+    pipe.enable_model_cpu_offload(device="cpu")
+    np.testing.assert_allclose(run(pipe, image, PROMPTS[0]), expected, atol=1e-5)
+    pipe.remove_all_hooks()
+    pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    np.testing.assert_allclose(run(pipe, image, PROMPTS[0]), expected, atol=1e-5)
+
+
+def test_sequential_offload_finds_every_weight_where_it_is_used(pipe, image):
+    """accelerate keeps weights on the meta device outside of their module's forward: reading one elsewhere fails."""
+    from accelerate import cpu_offload
+
+    expected = run(pipe, image, PROMPTS[0])
+    for name in ("text_encoder", "image_text_encoder", "image_vae", "image_unet", "synapse", "unet", "vae", "vocoder"):
+        component = getattr(pipe, name)
+        cpu_offload(component, torch.device("cpu"), offload_buffers=len(component._parameters) > 0)
+    assert pipe.synapse.alphas.device.type == "meta" and pipe.unet.conv_in.weight.device.type == "meta"
+    np.testing.assert_allclose(run(pipe, image, PROMPTS[0]), expected, atol=1e-5)
+    assert pipe.synapse.alphas.device.type == "meta"
+
+
+def test_the_stages_run_apart(components, image):
+    whole = run(MelFusionPipeline(**components), image, PROMPTS[0])
+    picture = ("image_vae", "image_text_encoder", "image_tokenizer", "image_unet", "image_scheduler", "synapse")
+    first = MelFusionPipeline(**{name: part if name in picture else None for name, part in components.items()})
+    features = first.encode_image(image, num_inversion_steps=2)
+    music = {name: None if name in picture[:-1] else part for name, part in components.items()}
+    second = MelFusionPipeline(**music)
+    assert np.array_equal(run(second, None, PROMPTS[0], image_features=features), whole)
+
+
+def test_without_an_image_text_encoder_the_picture_is_conditioned_on_zeros_with_a_warning(pipe, image, caplog):
+    import diffusers
+
+    pipe.image_text_encoder = None
+    diffusers.utils.logging.enable_propagation()
+    assert np.isfinite(run(pipe, image, PROMPTS[0])).all()
+    diffusers.utils.logging.disable_propagation()
+    assert "conditioned on zeros" in caplog.text
+
+
+def test_progress_bars_can_be_seen_and_silenced(pipe, image, capsys):
+    pipe.set_progress_bar_config(disable=False)
+    run(pipe, image, PROMPTS[0], num_inference_steps=3)
+    output = capsys.readouterr().err
+    assert "2/2" in output and "3/3" in output
+    pipe.set_progress_bar_config(disable=True)
+    run(pipe, image, PROMPTS[0])
+    assert capsys.readouterr().err == ""
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+LATENTS = torch.zeros(1, 4, 8, 2)
+EMBEDS = torch.zeros(1, 32)
+REFUSED = {
+    "nothing": ({"image": None, "prompt": None}, "nothing to make music of"),
+    "prompt type": ({"prompt": 3}, "`prompt` must be a str"),
+    "prompt list type": ({"prompt": ["a", None]}, "`prompt` must be a str"),
+    "no prompts": ({"prompt": []}, "`prompt` is an empty list"),
+    "no pictures": ({"image": []}, "empty list"),
+    "counts": ({"image": [photograph()] * 2, "prompt": ["a"] * 3}, "2 pictures cannot meet 3 prompts"),
+    "zero length": ({"audio_length_in_s": 0}, "`audio_length_in_s` must be finite"),
+    "negative length": ({"audio_length_in_s": -1.0}, "`audio_length_in_s`"),
+    "NaN length": ({"audio_length_in_s": math.nan}, "`audio_length_in_s`"),
+    "infinite length": ({"audio_length_in_s": math.inf}, "`audio_length_in_s`"),
+    "below a frame": ({"audio_length_in_s": 0.03}, r"in \[0.04"),
+    "text length": ({"audio_length_in_s": "5"}, "`audio_length_in_s` must be a number"),
+    "no steps": ({"num_inference_steps": 0}, r"`num_inference_steps` must be in \[1, 1000\], got 0"),
+    "float steps": ({"num_inference_steps": 5.0}, "`num_inference_steps` must be an int"),
+    "too many steps": ({"num_inference_steps": 1001}, r"\[1, 1000\]"),
+    "true steps": ({"num_inference_steps": True}, "must be an int"),
+    "no inversion steps": ({"num_inversion_steps": 0}, "`num_inversion_steps`"),
+    "too many inversion steps": ({"num_inversion_steps": 1001}, "`num_inversion_steps`"),
+    "float inversion steps": ({"num_inversion_steps": 2.5}, "`num_inversion_steps`"),
+    "NaN guidance": ({"guidance_scale": math.nan}, "`guidance_scale` must be finite"),
+    "NaN image guidance": ({"image_guidance_scale": math.nan}, "`image_guidance_scale` must be finite"),
+    "image guidance alone": ({"image": None, "image_guidance_scale": 2.0}, "there is no picture"),
+    "scale count": ({"synapse_scale": [1.0] * 5}, "one number or 6, one a layer, got 5"),
+    "NaN scale": ({"synapse_scale": math.nan}, "`synapse_scale` must be finite"),
+    "scale type": ({"synapse_scale": "strong"}, "`synapse_scale` must be a number"),
+    "both prompts": ({"prompt_embeds": EMBEDS}, "`prompt` or `prompt_embeds`, not both"),
+    "both negatives": ({"negative_prompt": "x", "negative_prompt_embeds": EMBEDS}, "not both"),
+    "embeds width": ({"prompt": None, "prompt_embeds": torch.zeros(1, 31)}, r"\[prompts, 32\], got \[1, 31\]"),
+    "embeds type": ({"prompt": None, "prompt_embeds": [0.0]}, "must be a torch tensor"),
+    "embeds mismatch": (
+        {"prompt": None, "prompt_embeds": EMBEDS.expand(3, -1), "negative_prompt_embeds": EMBEDS.expand(2, -1)},
+        "2 negative prompts do not match 3",
+    ),
+    "negative count": ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, "2 negative prompts"),
+    "negative type": ({"negative_prompt": 1}, "`negative_prompt` must be a str"),
+    "generator count": ({"generator": [generator()] * 2}, "`generator` is a list of 2, but 1 waveforms"),
+    "generator type": ({"generator": 42}, "`generator` must be a torch.Generator"),
+    "latents shape": ({"latents": LATENTS[..., :1]}, r"`latents` must have the shape \[1, 4, 8, 2\]"),
+    "latents type": ({"latents": [1.0]}, "`latents` must be a torch tensor"),
+    "output type": ({"output_type": "wav"}, "`output_type` must be one of"),
+    "feature source": ({"feature_source": "noise"}, "`feature_source` must be one of"),
+    "callback tensor": ({"callback_on_step_end_tensor_inputs": ["noise_pred"]}, "must be one of"),
+    "attention kwargs": ({"cross_attention_kwargs": 1}, "`cross_attention_kwargs` must be a dict"),
+    "eta": ({"eta": 2.0}, r"`eta` must be finite and in \[0, 1\]"),
+    "waveforms": ({"num_waveforms_per_prompt": 0}, "`num_waveforms_per_prompt`"),
+    "image size": ({"image_size": 30}, "`image_size` must be a multiple of 4"),
+    "image size zero": ({"image_size": 0}, "`image_size` must be at least 4"),
+    "image prompts": ({"image_prompt": ["a", "b"]}, "`image_prompt` must be one text or 1"),
+    "image prompt type": ({"image_prompt": 7}, "`image_prompt` must be a str"),
+    "features type": ({"image": None, "image_features": {"a": 1}}, "what `encode_image` returns"),
+}
+
+
+@pytest.fixture(scope="module")
+def strict_pipe() -> MelFusionPipeline:
+    """A pipeline whose models must not run: input is refused before."""
+
+    def ran(*args, **kwargs):
+        raise AssertionError("a model ran before the input was checked")
+
+    components = untrained_components()
+    for component in components.values():
+        if isinstance(component, torch.nn.Module):
+            component.register_forward_pre_hook(ran)
+    components["image_vae"].encode = components["vae"].decode = ran
+    return MelFusionPipeline(**components)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_input_is_refused_before_any_model_runs(strict_pipe, case):
+    arguments, message = REFUSED[case]
+    with pytest.raises((ValueError, TypeError), match=message):
+        strict_pipe(**{"image": photograph(), "prompt": "a piano", **FAST, **arguments})
+
+
+def test_wrong_pictures_are_refused_before_any_model_runs(strict_pipe):
+    for image in (np.full((8, 8, 3), np.nan), np.zeros((8, 8, 4)), PIL.Image.new("RGB", (0, 4)), "picture.png"):
+        with pytest.raises((ValueError, TypeError), match="`image`"):
+            strict_pipe(image, "a piano")
+        with pytest.raises((ValueError, TypeError), match="`image`"):
+            strict_pipe.encode_image(image)
+
+
+def test_features_of_another_unet_or_beside_a_picture_are_refused(strict_pipe, pipe, image):
+    features = pipe.encode_image(image, num_inversion_steps=2)
+    with pytest.raises(ValueError, match="`image` or `image_features`, not both"):
+        strict_pipe(image, "a piano", image_features=features)
+    layer = next(iter(features.keys))
+    narrow = {name: key[..., :8] for name, key in features.keys.items()}
+    for keys in (narrow, {f"other.{name}": key for name, key in features.keys.items() if name != layer}):
+        with pytest.raises(ValueError, match="`image_features` does not fit"):
+            strict_pipe(prompt="a piano", image_features=ImageFeatures(keys, keys, features.timesteps))
+
+
+def test_swapped_unets_and_unknown_predictions_are_refused(components, image):
+    other = picture_unet(block_out_channels=(8, 16, 32, 32))
+    with pytest.raises(ValueError, match="`image_unet` does not fit `synapse`"):
+        MelFusionPipeline(**{**components, "image_unet": other})(image, "a piano")
+    scheduler = type(components["image_scheduler"]).from_config(
+        components["image_scheduler"].config, prediction_type="sample"
+    )
+    with pytest.raises(ValueError, match="prediction_type"):
+        MelFusionPipeline(**{**components, "image_scheduler": scheduler})(image, "a piano")
+
+
+def test_unmatched_decoders_are_refused():
+    plain = {"up_block_types": ("UpBlock2D",) * 4, "down_block_types": ("DownBlock2D",) * 4}
+    with pytest.raises(ValueError, match="cannot be matched"):
+        VisualSynapse.from_unets(picture_unet(), music_unet(**plain))
