@@ -88,14 +88,17 @@ def test_number_of_frames_and_batching(length):
     assert torch.allclose(log_mel[1, 0], log_mel_spectrogram(waveform[1, 0]), rtol=0, atol=1e-12)
 
 
-def test_log_mel_is_differentiable_and_ignores_autocast():
+def test_log_mel_is_differentiable():
     waveform = torch.from_numpy(polyphonic_music(16000, 0.05)).requires_grad_()
     assert torch.autograd.gradcheck(log_mel_spectrogram, waveform, fast_mode=True)
-    waveform = torch.from_numpy(polyphonic_music(16000, 1.0)).float()
+
+
+def test_log_mel_on_a_device_without_float64_and_under_autocast(monkeypatch):
+    monkeypatch.setattr("melfusion_pipeline.audio.working_dtype", lambda device: torch.float32)
+    waveform = torch.from_numpy(polyphonic_music(16000, 2.0)).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(log_mel_spectrogram(waveform), log_mel_spectrogram(waveform))
-        under_autocast = log_mel_spectrogram(waveform)
-    assert torch.equal(under_autocast, log_mel_spectrogram(waveform))
+        log_mel = log_mel_spectrogram(waveform)
+    assert np.abs(log_mel.double().numpy() - librosa_log_mel(waveform.double().numpy())).max() < 2e-3
 
 
 def test_normalize_waveform_sets_mean_and_peak_and_keeps_silence():
@@ -141,7 +144,9 @@ def test_files_of_any_rate_keep_length_and_pitch(tmp_path, suffix, sampling_rate
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
 def test_load_audio_reads_only_the_wanted_frames(tmp_path, suffix):
     path = tmp_path / f"music.{suffix}"
-    soundfile.write(path, np.stack([polyphonic_music(44100, 6.0, seed) for seed in range(2)], axis=1), 44100)
+    time = np.arange(6 * 44100) / 44100
+    tones = np.stack([np.sin(2 * np.pi * (200 + 50 * time) * time), np.sin(2 * np.pi * 440 * time) / 2], axis=1)
+    soundfile.write(path, 0.8 * tones, 44100)
     whole, _ = load_audio(path)
     for start in (0.0, 0.3, 3.3):
         part, rate = load_audio(path, start=start, duration=2.0)

@@ -1,0 +1,299 @@
+"""Triplets of picture, caption and music: reading, checking, cropping and collating MeLBench-style sets.
+
+    rows = load_rows("melbench/train.jsonl")
+    rows = select_good_rows(rows, check_rows(rows, data_root="melbench"))
+    read = functools.partial(read_triplet, data_root="melbench", prepare_image=prepare_image)
+    loader = DataLoader(TripletDataset(rows, read), batch_size=4, shuffle=True)
+
+Rows are numbered from 0 in the file's order, without a CSV file's header and blank lines.
+"""
+
+import csv
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from diffusers.utils import logging
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
+
+from .audio import load_audio, load_random_crop
+
+logger = logging.get_logger(__name__)
+
+COLUMNS = ("image", "audio", "caption", "start", "duration", "genre", "split")
+MELBENCH_COLUMNS = {"image": "img_path", "audio": "location", "caption": "captions"}
+SILENCE = 1e-4
+PathLike = str | os.PathLike
+
+
+def load_rows(path: PathLike, columns: dict[str, str] | None = None, streaming: bool = False) -> Iterable[dict]:
+    """Opens a set of triplets, whose files `read_triplet` reads later.
+
+    Args:
+        path: `.jsonl`, `.json` (lines, or one list) or `.csv` with the columns `image`, `audio`, `caption` and, where
+            wanted, `start`, `duration` (in seconds), `genre`, `split`; relative paths in it start from its folder.
+        columns: the file's own names of these columns, for example `MELBENCH_COLUMNS` for the authors' files.
+        streaming: read while iterating, with flat memory, instead of at once.
+
+    Returns:
+        A `datasets.Dataset` or `IterableDataset` of these columns, `row` (its number) and `problem` (if malformed).
+
+    Raises:
+        ImportError: if `datasets` is not installed.
+        ValueError: if the file is missing or has no rows, or a key of `columns` is unknown.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("Reading a set of triplets needs `datasets`: pip install datasets") from error
+    if not Path(path).is_file() or Path(path).suffix.lower() not in (".jsonl", ".json", ".csv"):
+        raise ValueError(f"`path` must be an existing .jsonl, .json or .csv file, but is {str(path)!r}.")
+    if not set(columns or ()) <= set(COLUMNS):
+        raise ValueError(f"`columns` must rename some of {list(COLUMNS)}, but is {columns}.")
+    arguments = {"path": str(path), "columns": columns}
+    if next(read_rows(**arguments), None) is None:
+        raise ValueError(f"`path` {str(path)!r} holds no rows.")
+    if streaming:
+        return datasets.IterableDataset.from_generator(read_rows, gen_kwargs=arguments)
+    return datasets.Dataset.from_list(list(read_rows(**arguments)))
+
+
+def read_rows(path: str, columns: dict[str, str] | None = None) -> Iterator[dict]:
+    """Yields the rows of `load_rows`, one dictionary each."""
+    names = {column: column for column in COLUMNS} | (columns or {})
+    for number, record in enumerate(read_records(path)):
+        row = dict.fromkeys(COLUMNS) | {"row": number, "problem": None}
+        try:
+            record = json.loads(record) if isinstance(record, bytes) else record
+            row |= {column: parse_field(record, column, name) for column, name in names.items()}
+            row |= {column: os.path.join(os.path.dirname(path), row[column]) for column in ("image", "audio")}
+        except ValueError as error:
+            row["problem"] = str(error)
+        yield row
+
+
+def read_records(path: PathLike) -> Iterator[dict | bytes]:
+    """Yields the records of a CSV file or JSON list, or the undecoded lines of JSON lines."""
+    with open(path, "rb") as file:
+        if Path(path).suffix.lower() == ".csv":
+            yield from csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+        elif file.peek(1)[:1] == b"[":
+            yield from json.load(file)
+        else:
+            yield from (line for line in file if line.strip())
+
+
+def parse_field(record: dict, column: str, name: str) -> str | float | None:
+    """Returns one field of a record, `None` where an optional one is absent; a wrong one is a `ValueError`."""
+    value = record.get(name) if isinstance(record, dict) else None
+    if value is None or value == "":
+        if column in ("image", "audio", "caption"):
+            raise ValueError(f"`{name}` is missing in {record!r:.80}")
+    elif column in ("start", "duration"):
+        value = float(value) if isinstance(value, str | int | float) else math.nan
+        if not 0 <= value < math.inf or (value == 0 and column == "duration"):
+            raise ValueError(f"`{name}` must be a number of seconds, but is {record[name]!r:.80}")
+    elif not isinstance(value, str) or not value.strip():
+        raise ValueError(f"`{name}` must be text, but is {value!r:.80}")
+    elif column in ("image", "audio") and ".." in Path(value).parts:
+        raise ValueError(f"`{name}` may not hold '..', but is {value!r}")
+    return None if value == "" else value
+
+
+def contained_path(path: PathLike, data_root: PathLike) -> Path:
+    """Resolves `path`; a `ValueError` if it is no file, or it or its link's target is not below `data_root`."""
+    resolved, root = Path(path).resolve(), Path(data_root).resolve()
+    if not resolved.is_relative_to(root):
+        raise ValueError(f"{str(path)!r} lies outside `data_root` {str(root)!r}")
+    if not resolved.is_file():
+        raise ValueError(f"{str(path)!r} is missing")
+    return resolved
+
+
+def open_image(path: Path) -> Image.Image:
+    """Decodes a picture as it is stored (any mode, not rotated); a `ValueError` if it is broken or oversized."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as a picture: {error}") from error
+    return image
+
+
+def check_rows(rows: Iterable[dict], data_root: PathLike, min_duration_in_s: float = 1.0) -> list[tuple[int, str]]:
+    """Reads every row's files below `data_root`, with a progress bar.
+
+    Returns:
+        Row number and message for each malformed, missing, unreadable, silent, too short or repeated triplet.
+    """
+    problems, first_rows = [], {}
+    for row in logging.tqdm(rows, desc="Checking", unit=" rows"):
+        problems += [(row["row"], text) for text in check_row(row, data_root, min_duration_in_s, first_rows)]
+    return problems
+
+
+def check_row(row: dict, data_root: PathLike, min_duration_in_s: float, first_rows: dict[bytes, int]) -> Iterator[str]:
+    """Yields what is wrong with one row; `first_rows` collects which row held which contents first."""
+    if row["problem"]:
+        yield row["problem"]
+        return
+    digest = hashlib.sha256(row["caption"].encode())
+    try:
+        digest.update(open_image(contained_path(row["image"], data_root)).tobytes())
+        path = contained_path(row["audio"], data_root)
+        waveform, sampling_rate = load_audio(path, row["start"] or 0.0, row["duration"])
+        digest.update(waveform.numpy())
+    except ValueError as error:
+        yield str(error)
+        return
+    if waveform.shape[-1] < min_duration_in_s * sampling_rate:
+        yield f"{str(path)!r} is too short: {waveform.shape[-1] / sampling_rate:.2f} s"
+    if (waveform - waveform.mean(dim=-1, keepdim=True)).abs().max() < SILENCE:
+        yield f"{str(path)!r} is silent"
+    if first_rows.setdefault(digest.digest(), row["row"]) != row["row"]:
+        yield f"repeats row {first_rows[digest.digest()]}"
+
+
+def format_problems(problems: list[tuple[int, str]]) -> str:
+    """Formats problems as a table of row number and message."""
+    return "\n".join(["     row  problem", *(f"{row:>8}  {message}" for row, message in problems)])
+
+
+def select_good_rows(
+    rows: Iterable[dict], problems: list[tuple[int, str]], skip_bad_rows: bool = False
+) -> Iterable[dict]:
+    """Returns `rows` (of `load_rows`) without those with `problems`; refuses the set unless `skip_bad_rows`."""
+    if not problems:
+        return rows
+    report = f"The set has {len(problems)} problems (`skip_bad_rows` leaves them out):\n{format_problems(problems)}"
+    if not skip_bad_rows:
+        raise ValueError(report)
+    logger.warning(report)
+    return rows.filter(functools.partial(is_good, bad_rows={row for row, _ in problems}), input_columns="row")
+
+
+def is_good(row: int, bad_rows: set[int]) -> bool:
+    """Returns whether a row is not among `bad_rows`; a function, because spawned workers cannot be sent a lambda."""
+    return row not in bad_rows
+
+
+def read_triplet(
+    row: dict,
+    data_root: PathLike,
+    prepare_image: Callable[..., torch.Tensor],
+    audio_length_in_s: float = 10.24,
+    random_image_crops: bool = False,
+    seed: int = 0,
+    epoch: int = 0,
+) -> dict:
+    """Reads a row's picture and a stretch of its music; what is random is keyed by seed, epoch and row number only.
+
+    Args:
+        row: from `load_rows`.
+        data_root: the folder that all files must lie in.
+        prepare_image: called as `prepare_image(image, generator=generator)` with a `PIL.Image.Image` as it is stored
+            (any mode, not rotated by its EXIF data) and a `torch.Generator`, or `None` for the centre crop; returns
+            float32 `[3, S, S]` in [-1, 1].
+        audio_length_in_s: length of the stretch; shorter music is padded with zeros.
+        random_image_crops: whether `prepare_image` gets a generator.
+        seed: the run's seed.
+        epoch: how often the set has been read before.
+
+    Returns:
+        `pixel_values` `[3, S, S]`, `waveforms` `[T]` (of `load_random_crop`), `captions`, `indices` (row number) and
+        `image_paths`, named as in the batch that torch's `default_collate` makes of them.
+
+    Raises:
+        ValueError: if the row cannot be read, naming its number.
+    """
+    key = np.random.SeedSequence([seed, epoch, row["row"]]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(key[0]))
+    try:
+        if row["problem"]:
+            raise ValueError(row["problem"])
+        image_path, audio_path = (contained_path(row[column], data_root) for column in ("image", "audio"))
+        waveform = load_random_crop(audio_path, row["start"] or 0.0, row["duration"], audio_length_in_s, generator)
+        image = open_image(image_path)
+    except (ValueError, soundfile.LibsndfileError) as error:
+        raise ValueError(f"Row {row['row']}: {error}") from error
+    pixel_values = prepare_image(image, generator=generator if random_image_crops else None)
+    sample = {"pixel_values": pixel_values, "waveforms": waveform, "captions": row["caption"]}
+    return sample | {"indices": row["row"], "image_paths": str(image_path)}
+
+
+class TripletDataset(Dataset):
+    """Map-style set of triplets; `read` is `read_triplet` with its arguments bound by `functools.partial`."""
+
+    def __init__(self, rows: Sequence[dict], read: Callable[..., dict]) -> None:
+        self.rows, self.read, self.epoch = rows, read, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the crops; call it before an epoch's iterator is made (accelerate does not always)."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.read(self.rows[index], epoch=self.epoch)
+
+
+class TripletStream(IterableDataset):
+    """Streamed set of triplets that yields whole batches, for a `DataLoader` with `batch_size=None`.
+
+    Processes share every `batch_size * num_processes` rows, whichever worker reads; an incomplete rest is left out.
+    """
+
+    def __init__(self, rows, read: Callable, batch_size: int, process_index: int = 0, num_processes: int = 1) -> None:
+        self.rows, self.read, self.epoch = rows, read, 0
+        self.own_rows = slice(process_index * batch_size, (process_index + 1) * batch_size)
+        self.shared_batch_size = batch_size * num_processes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order and the crops; call it before an epoch's iterator is made."""
+        self.rows.set_epoch(epoch)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        shared_batches = self.rows.iter(self.shared_batch_size, drop_last_batch=True)
+        for columns in islice(shared_batches, first, None, step):
+            rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+            yield default_collate([self.read(row, epoch=self.epoch) for row in rows[self.own_rows]])
+
+
+def convert_musiccaps(path: PathLike, clips: PathLike, images: PathLike, output: PathLike) -> list[tuple[int, str]]:
+    """Joins MusicCaps' CSV file with folders of its clips and of pictures into a set that `load_rows` reads.
+
+    Args:
+        path: MusicCaps' CSV file (`ytid,start_s,end_s,...,caption`).
+        clips: folder of the clips, already cut from `start_s` to `end_s`, named `<ytid>.wav` (or flac, ogg, mp3).
+        images: folder of the pictures, named `<ytid>.jpg` (or png, ...).
+        output: the `.jsonl` file to write, in a folder that holds both folders.
+
+    Returns:
+        Row number and message of the rows of the CSV file that are left out.
+    """
+    root, lines, problems = Path(output).resolve().parent, [], []
+    folders = {"image": Path(images).resolve(), "audio": Path(clips).resolve()}
+    files = {name: {file.stem: str(file.relative_to(root)) for file in folders[name].iterdir()} for name in folders}
+    for number, record in enumerate(read_records(path)):
+        row = {name: files[name].get(record["ytid"]) for name in files} | {"caption": record["caption"]}
+        missing = [f"no {name} {record['ytid']}.* in {str(folders[name])!r}" for name in files if not row[name]]
+        problems += [(number, message) for message in missing]
+        lines += [] if missing else [json.dumps(row) + "\n"]
+    temporary = root / f".{Path(output).name}.{os.getpid()}"
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(output)
+    return problems
