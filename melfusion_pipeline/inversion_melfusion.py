@@ -301,6 +301,33 @@ def ddim_walk(
         yield target, latents
 
 
+def record_keys_and_values(
+    image_unet: ModelMixin,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    layers: list[str],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Records the keys and values of one pass, each picture at its own timestep, as training needs them.
+
+    Args:
+        image_unet: The text-to-image UNet; its processors are restored afterwards.
+        latents: `z_t^I`, `[pictures, channels, height, width]`.
+        timesteps: `[pictures]`.
+        prompt_embeds: `[pictures, tokens, channels]`.
+        layers: The names of the self-attention layers to record.
+
+    Returns:
+        Keys and values by layer, each `[pictures, tokens, channels]`.
+    """
+    recorders = KVRecorders(image_unet, dict.fromkeys(layers))
+    with use_attn_processors(image_unet, recorders):
+        image_unet(latents.to(image_unet.dtype), timesteps, encoder_hidden_states=prompt_embeds)
+    recorded = recorders.take()
+    keys, values = zip(*recorded.values())
+    return dict(zip(recorded, keys)), dict(zip(recorded, values))
+
+
 def record_image_features(
     image_unet: ModelMixin,
     scheduler: SchedulerMixin,

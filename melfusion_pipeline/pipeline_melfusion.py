@@ -403,7 +403,7 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
         """
         image = as_pil_images(image)
         self._check_image_inputs(len(image), image_prompt, image_size, num_inversion_steps, feature_source)
-        prompt_embeds = self._encode_image_prompt(image_prompt, len(image))
+        prompt_embeds = self.encode_image_prompt(image_prompt, len(image))
         features = record_image_features(
             self.image_unet,
             self.image_scheduler,
@@ -439,7 +439,13 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
         latents = self.image_vae.encode(pixel_values).latent_dist.mode()
         return latents.float() * self.image_vae.config.scaling_factor
 
-    def _encode_image_prompt(self, image_prompt: str | list[str], num_images: int) -> torch.Tensor:
+    @torch.no_grad()
+    def encode_image_prompt(self, image_prompt: str | list[str] = "", num_images: int = 1) -> torch.Tensor:
+        """Encodes the text for the picture's UNet: one for all pictures, or one a picture.
+
+        Returns:
+            `[num_images, tokens, channels]` in the dtype of `image_unet`.
+        """
         device, dtype = self._execution_device, self.image_unet.dtype
         if self.image_text_encoder is None or self.image_tokenizer is None:
             logger.warning(

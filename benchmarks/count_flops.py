@@ -1,0 +1,120 @@
+"""Counts the floating-point operations of MeLFusion against text-to-music, exactly, on the meta device.
+
+python benchmarks/count_flops.py
+
+Every number is counted on the code that runs, with the real architectures: no weights, no clock, any machine.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+
+import torch
+from full_size import BASE_MODELS, STABLE_DIFFUSION, build_components
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from melfusion_pipeline import MelFusionPipeline
+from melfusion_pipeline.attention_melfusion import KVBlenders, use_attn_processors
+from melfusion_pipeline.inversion_melfusion import record_image_features
+
+MUSIC_MODELS = [name for name in BASE_MODELS["text_to_music"] if name.startswith("cvssp")]
+AUDIO_LENGTH_IN_S = 10.24
+INVERSION_STEPS = 10
+
+
+def count(function: Callable, *args, **kwargs) -> tuple[float, object]:
+    """Runs `function` and gives its TFLOP and its result."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        result = function(*args, **kwargs)
+    return counter.get_total_flops() / 1e12, result
+
+
+class Counted:
+    """The TFLOP of each part of one pipeline at one picture size, for one prompt and one picture.
+
+    The text encoders are left out: the same on both sides of every ratio, but for CLIP's single pass of 0.01 TFLOP.
+    """
+
+    def __init__(self, pipe: MelFusionPipeline, image_size: int) -> None:
+        latents = torch.empty(2, *pipe._latent_shape(AUDIO_LENGTH_IN_S), device="meta")
+        embeds = torch.empty(2, pipe.unet.config.projection_class_embeddings_input_dim, device="meta")
+        timestep = torch.empty((), device="meta")
+        side = image_size // pipe.image_vae_scale_factor
+        image_latents = torch.empty(1, pipe.image_unet.config.in_channels, side, side, device="meta")
+        null = torch.empty(1, 77, pipe.image_unet.config.cross_attention_dim, device="meta")
+
+        pixels = torch.empty(1, 3, image_size, image_size, device="meta")
+        self.image_vae, _ = count(lambda: pipe.image_vae.encode(pixels).latent_dist.mode())
+        self.image_pass, _ = count(pipe.image_unet, image_latents, timestep, null)
+        layers = pipe.synapse.config.image_layers
+        record = (pipe.image_unet, pipe.image_scheduler, image_latents, null, layers, INVERSION_STEPS)
+        self.inversion, features = count(
+            record_image_features, *record, progress_bar=functools.partial(tqdm, disable=True)
+        )
+        self.fit, (fitted, alphas) = count(pipe.fit_image_features, features, latents)
+        self.feature_bytes = features.nbytes // 2
+
+        self.step, _ = count(pipe.unet, latents, timestep, None, class_labels=embeds)
+        blenders = KVBlenders(pipe.synapse.config.music_layers)
+        blenders.read(fitted.at(0), torch.empty(len(layers), 2, device="meta"))
+        with use_attn_processors(pipe.unet, blenders):
+            self.blended_step, _ = count(pipe.unet, latents, timestep, None, class_labels=embeds)
+        mel = torch.empty(1, 1024, pipe.vocoder.config.model_in_dim, device="meta")
+        self.vae, _ = count(pipe.decode_latents, latents[:1])
+        self.vocoder, _ = count(pipe.vocoder, mel)
+
+    def text_to_music(self, steps: int) -> float:
+        return steps * self.step + self.vae + self.vocoder
+
+    def with_features(self, steps: int) -> float:
+        return self.fit + steps * self.blended_step + self.vae + self.vocoder
+
+    def default(self, steps: int) -> float:
+        return self.with_features(steps) + self.image_vae + self.inversion
+
+    def to_the_letter(self, steps: int) -> float:
+        """As many inversion as denoising steps, then as many passes that record: section 3 of the paper."""
+        return self.text_to_music(steps) + self.image_vae + 2 * steps * self.image_pass
+
+    def authors(self, steps: int) -> float:
+        """The authors' code: one pass of the picture's UNet a step, from noise; the picture is never encoded."""
+        return self.text_to_music(steps) + steps * self.image_pass
+
+
+def print_parts(counted: Counted) -> None:
+    recording = counted.inversion / (INVERSION_STEPS * counted.image_pass) - 1
+    print(
+        f"\nParts, TFLOP: image VAE encoder {counted.image_vae:.3f}, one pass of the picture's UNet"
+        f" {counted.image_pass:.3f}, one music step with guidance {counted.step:.3f}, VAE decoder {counted.vae:.3f},"
+        f" vocoder {counted.vocoder:.3f}, fitting the features once {counted.fit:.4f}.\n"
+        f"Recording adds {100 * recording:.2f}% to a pass; blending adds"
+        f" {100 * (counted.blended_step / counted.step - 1):.2f}% to a step."
+        f" Features of {INVERSION_STEPS} steps: {counted.feature_bytes / 1e6:.0f} MB in fp16."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    print(f"{STABLE_DIFFUSION} with AudioLDM, {AUDIO_LENGTH_IN_S} s, {INVERSION_STEPS} inversion steps, one picture.")
+    print("Ratios to text-to-music (in TFLOP) with the same model and steps.\n")
+    print("| model | picture | steps | text-to-music | default | given features | to the letter | authors' code |")
+    print("|---|---|---|---|---|---|---|---|")
+    for music_model in MUSIC_MODELS:
+        with torch.device("meta"):
+            pipe = MelFusionPipeline(**build_components(music_model=music_model))
+        for image_size in (512, 256):
+            counted = Counted(pipe, image_size)
+            for steps in (10, 50, 200):
+                base = counted.text_to_music(steps)
+                ways = (counted.default, counted.with_features, counted.to_the_letter, counted.authors)
+                ratios = " | ".join(f"{way(steps) / base:.3f}" for way in ways)
+                print(f"| {music_model.split('/')[1]} | {image_size} px | {steps} | {base:.2f} | {ratios} |")
+            if image_size == 512:
+                print_parts(counted) if music_model == MUSIC_MODELS[0] else None
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Does training learn, and does the picture matter? Eight triplets, small components of the real classes.
+
+python benchmarks/overfitting.py --output build
+
+Prints the loss on fixed timesteps and noise before and after, with the pictures shuffled and at alpha = 0, as paired
+differences with 95% intervals, and draws the curves.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from matplotlib.figure import Figure
+
+from melfusion_pipeline import MelFusionPipeline
+from melfusion_pipeline.audio import waveform_to_latents
+from melfusion_pipeline.inversion_melfusion import prepare_image
+from melfusion_pipeline.metrics import bootstrap_interval
+from melfusion_pipeline.training import MelFusionObjective, TrajectoryCache, freeze
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+from untrained import untrained_components  # noqa: E402
+
+DRAWS = 64
+SAMPLES = 16 * 640
+
+
+def make_triplets() -> dict:
+    """The eight example photographs, each with a chord of its own; the captions say nothing of which is which."""
+    paths = sorted((ROOT / "examples" / "images").glob("*.jpg"))
+    times = np.arange(SAMPLES) / 16000
+    chords = [[220 * 2 ** ((3 * index + step) / 12) for step in (0, 4, 7)] for index in range(len(paths))]
+    waveforms = [sum(np.sin(2 * np.pi * note * times) for note in chord) * 0.15 for chord in chords]
+    return {
+        "waveforms": torch.tensor(np.stack(waveforms), dtype=torch.float32),
+        "captions": ["music"] * len(paths),
+        "indices": torch.arange(len(paths)),
+        "image_paths": [str(path) for path in paths],
+        "pixel_values": torch.stack([prepare_image(PIL.Image.open(path), 32) for path in paths]),
+    }
+
+
+def make_pipeline(triplets: dict) -> MelFusionPipeline:
+    pipe = MelFusionPipeline(**untrained_components(mel_bands=64, latent_frames=16))
+    pipe.synapse.reset_parameters()
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        latents = waveform_to_latents(triplets["waveforms"][:, None], 16000, pipe.vae)
+    # A random VAE says little of its input: scaled by what differs between the clips, its latents tell them apart.
+    scale = (latents - latents.mean(dim=0)).std().item()
+    pipe.vae.register_to_config(scaling_factor=pipe.vae.config.scaling_factor / scale)
+    return pipe
+
+
+@torch.no_grad()
+def fixed_losses(objective: MelFusionObjective, triplets: dict) -> np.ndarray:
+    """Each row's loss on each of the fixed draws, `[draws, rows]`."""
+    objective.eval()
+    losses = [objective.per_sample_loss(triplets, 10**6 + draw).cpu().numpy() for draw in range(DRAWS)]
+    objective.train()
+    return np.stack(losses)
+
+
+def train(objective: MelFusionObjective, triplets: dict, steps: int, learning_rate: float) -> list[tuple[int, float]]:
+    """Trains and gives the curve of the loss on fixed draws."""
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    curve = [(0, fixed_losses(objective, triplets).mean())]
+    for step in range(steps):
+        optimizer.zero_grad()
+        objective(triplets, step).backward()
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % (steps // 20) == 0:
+            curve.append((step + 1, fixed_losses(objective, triplets).mean()))
+    return curve
+
+
+def report(name: str, losses: np.ndarray, reference: np.ndarray) -> None:
+    """Prints the mean of paired differences, resampled by draw."""
+    low, high = bootstrap_interval((losses - reference).mean(axis=1))[1:]
+    change = 100 * (losses.mean() / reference.mean() - 1)
+    print(
+        f"{name}: {reference.mean():.4f} -> {losses.mean():.4f} ({change:+.1f}%), difference [{low:.4f}, {high:.4f}]"
+    )
+
+
+def compare(objective: MelFusionObjective, triplets: dict, name: str) -> None:
+    """Reports what shuffled pictures and alpha = 0 cost."""
+    losses = fixed_losses(objective, triplets)
+    rolled = triplets["image_paths"][1:] + triplets["image_paths"][:1]
+    report(f"{name}, pictures shuffled", fixed_losses(objective, {**triplets, "image_paths": rolled}), losses)
+    alphas = objective.pipe.synapse.alphas.detach().clone()
+    with torch.no_grad():
+        objective.pipe.synapse.alphas.zero_()
+        report(f"{name}, against alpha = 0", losses, fixed_losses(objective, triplets))
+        objective.pipe.synapse.alphas.copy_(alphas)
+    print(f"{name}, alphas: {[round(alpha, 3) for alpha in alphas.tolist()]}")
+
+
+def run(name: str, pipe: MelFusionPipeline, trainable: str, triplets: dict, cache: str, **kwargs) -> list:
+    steps, learning_rate = kwargs.pop("steps"), kwargs.pop("learning_rate")
+    freeze(pipe, trainable)
+    trajectories = TrajectoryCache(cache, pipe, 10, 32)
+    objective = MelFusionObjective(pipe, trainable, trajectories, text_dropout=0.0, **kwargs).train()
+    with objective.attached():
+        before = fixed_losses(objective, triplets)
+        curve = train(objective, triplets, steps, learning_rate)
+        report(f"{name}, training", fixed_losses(objective, triplets), before)
+        compare(objective, triplets, name)
+    return curve
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("build"))
+    parser.add_argument("--steps", type=int, default=1500)
+    args = parser.parse_args()
+    triplets = make_triplets()
+    with tempfile.TemporaryDirectory() as cache:
+        pipe = make_pipeline(triplets)
+        curves = {
+            "--train unet": run(
+                "unet", pipe, "unet", triplets, cache, steps=args.steps, learning_rate=3e-3, image_dropout=0.1
+            )
+        }
+        pipe = make_pipeline(triplets)
+        curves["text only (all pictures dropped)"] = run(
+            "text only", pipe, "unet", triplets, cache, steps=args.steps, learning_rate=3e-3, image_dropout=1.0
+        )
+        pipe.synapse.reset_parameters()
+        curves["then --train synapse"] = run(
+            "synapse", pipe, "synapse", triplets, cache, steps=args.steps, learning_rate=1e-2, image_dropout=0.0
+        )
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        axes.plot(*zip(*curve), marker=".", label=name)
+    axes.set(xlabel="step", ylabel="loss on fixed timesteps and noise", ylim=(0, None))
+    axes.legend()
+    args.output.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output / "overfitting.png")
+    print(f"wrote {args.output / 'overfitting.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""The training objective of MeLFusion, what it trains, and the cache of the pictures' inversion trajectories."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.training_utils import compute_snr
+from diffusers.utils.logging import tqdm
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .attention_melfusion import KVBlenders, use_attn_processors
+from .audio import SAMPLING_RATE, waveform_to_latents
+from .inversion_melfusion import ddim_walk, inversion_grid, record_keys_and_values
+
+# What each choice trains; everything else of the pipeline is frozen.
+TRAINABLE = {"synapse": ("synapse",), "unet": ("synapse", "unet")}
+FROZEN_TOWERS = ("vae", "text_encoder", "vocoder", "image_vae", "image_text_encoder", "image_unet")
+
+
+class Draw(NamedTuple):
+    """What is random in a batch, row by row: it depends neither on the other rows nor on which process has them."""
+
+    timesteps: torch.Tensor
+    keeps_text: torch.Tensor
+    keeps_image: torch.Tensor
+    generators: list[torch.Generator]
+
+
+def freeze(pipe: DiffusionPipeline, trainable: str, dtype: torch.dtype = torch.float32) -> None:
+    """Freezes and casts what is not trained; what is trained becomes float32 and requires gradients.
+
+    Args:
+        pipe: The pipeline, changed in place.
+        trainable: `"synapse"` (alphas and projections) or `"unet"` (the music UNet as well, as the paper does).
+        dtype: Of the frozen parts.
+
+    Raises:
+        ValueError: If `trainable` is neither.
+    """
+    if trainable not in TRAINABLE:
+        raise ValueError(f"`trainable` must be one of {list(TRAINABLE)}, got {trainable!r}.")
+    for name in (*FROZEN_TOWERS, "unet", "synapse"):
+        trained = name in TRAINABLE[trainable]
+        model = getattr(pipe, name)
+        model.requires_grad_(trained).train(trained)
+        if model.dtype != (wanted := torch.float32 if trained else dtype):
+            model.to(wanted)
+
+
+class TrajectoryCache:
+    """The inversion trajectories of pictures on disk: computed once, shared by processes and runs.
+
+    One safetensors file a picture, named after the picture's bytes, the settings and the models' weights. It holds
+    `z_t^I` at `t_0 ... t_{N-1}`, the latents at which the pipeline records by default: `[N, channels, height, width]`,
+    float16.
+
+    Args:
+        folder: Where the files lie; made if it does not exist.
+        pipe: The pipeline whose picture side inverts.
+        num_inversion_steps: N.
+        image_size: The side to which pictures are prepared (centre crop), in pixels.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, pipe: DiffusionPipeline, num_inversion_steps: int, image_size: int
+    ) -> None:
+        self.folder, self.pipe = Path(folder), pipe
+        self.num_inversion_steps, self.image_size = num_inversion_steps, image_size
+        self.levels = inversion_grid(pipe.image_scheduler, num_inversion_steps)[:-1]
+        self.timesteps = torch.tensor([level.timestep for level in self.levels])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._fingerprint = self._hash_settings()
+        self._paths: dict[str, Path] = {}
+
+    def _hash_settings(self) -> bytes:
+        settings = [self.levels, self.image_size, self.pipe.image_scheduler.config.prediction_type]
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        for model in (self.pipe.image_vae, self.pipe.image_unet, self.pipe.image_text_encoder):
+            for name, tensor in sorted(model.state_dict().items()):
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest.digest()
+
+    def path(self, image_path: str) -> Path:
+        """Names the file of a picture, whether it exists or not."""
+        if image_path not in self._paths:
+            digest = hashlib.sha256(self._fingerprint + Path(image_path).read_bytes()).hexdigest()
+            self._paths[image_path] = self.folder / f"{digest}.safetensors"
+        return self._paths[image_path]
+
+    def missing(self, image_paths: Sequence[str]) -> list[str]:
+        """Lists the pictures whose trajectories are not there yet, each content once."""
+        by_file = {self.path(image_path): image_path for image_path in image_paths}
+        return [image_path for file, image_path in by_file.items() if not file.is_file()]
+
+    def nbytes(self, num_images: int) -> int:
+        """Gives the size of `num_images` trajectories on disk, in bytes."""
+        side = self.image_size // self.pipe.image_vae_scale_factor
+        return num_images * len(self.levels) * self.pipe.image_unet.config.in_channels * side * side * 2
+
+    @torch.no_grad()
+    def build(
+        self, image_paths: Sequence[str], batch_size: int = 4, process_index: int = 0, num_processes: int = 1
+    ) -> None:
+        """Computes what is missing, this process's share of it, with a progress bar; may be stopped and repeated."""
+        own = self.missing(image_paths)[process_index::num_processes]
+        with tqdm(total=len(own), desc="Inverting pictures", disable=not own) as bar:
+            for start in range(0, len(own), batch_size):
+                chunk = own[start : start + batch_size]
+                for image_path, trajectory in zip(chunk, self._invert(chunk)):
+                    self._write(self.path(image_path), trajectory)
+                bar.update(len(chunk))
+
+    def _invert(self, image_paths: Sequence[str]) -> torch.Tensor:
+        latents = self.pipe.prepare_image_latents([Image.open(path) for path in image_paths], self.image_size)
+        prompt_embeds = self.pipe.encode_image_prompt("", len(latents))
+        prediction_type = self.pipe.image_scheduler.config.prediction_type
+        walk = ddim_walk(self.pipe.image_unet, latents, prompt_embeds, self.levels, prediction_type)
+        return torch.stack([latents, *(reached for _, reached in walk)], dim=1).to(torch.float16).cpu()
+
+    @staticmethod
+    def _write(path: Path, trajectory: torch.Tensor) -> None:
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        save_file({"latents": trajectory.contiguous()}, partial)
+        os.replace(partial, path)
+
+    def read(self, image_paths: Sequence[str], timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads each picture's latents nearest to its timestep; what is missing is computed first.
+
+        Args:
+            image_paths: B pictures.
+            timesteps: `[B]`.
+
+        Returns:
+            `z_{t_i}^I`, float32 `[B, channels, height, width]`, and `t_i` `[B]`, both on the CPU.
+        """
+        self.build(image_paths)
+        steps = (self.timesteps - timesteps.cpu()[:, None]).abs().argmin(dim=1)
+        latents = []
+        for image_path, step in zip(image_paths, steps.tolist()):
+            with safe_open(self.path(image_path), framework="pt") as file:
+                latents.append(file.get_slice("latents")[step])
+        return torch.stack(latents).float(), self.timesteps[steps]
+
+
+class MelFusionObjective(nn.Module):
+    """The training objective: a batch of triplets goes in, the loss comes out.
+
+    Implements algorithm 1 of MeLFusion (arXiv 2406.04673): `|| eps - eps_theta(z_t^M, t, Y, K^I, V^I) ||^2` with the
+    picture's keys and values at the same t. Only what is trained is registered as a submodule, so that DDP, FSDP and
+    `state_dict` deal with nothing else; the frozen models stay with the pipeline.
+
+    Args:
+        pipe: The pipeline, on its device; see `freeze`.
+        trainable: `"synapse"` or `"unet"`.
+        trajectories: The pictures' inverted latents (faithful). None noises `z_0^I`, as the authors' code does.
+        snr_gamma: Min-SNR weighting (arXiv 2303.09556, section 3.4). None weighs all timesteps alike.
+        text_dropout: The probability with which a row's text is dropped in training.
+        image_dropout: The probability with which a row's picture is dropped in training, independently.
+        seed: Timesteps, noise and dropping are keyed by (seed, step, row of the data set).
+
+    Raises:
+        ValueError: If `trainable` or the music scheduler's prediction type is unknown.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        trainable: str = "synapse",
+        trajectories: TrajectoryCache | None = None,
+        snr_gamma: float | None = None,
+        text_dropout: float = 0.1,
+        image_dropout: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if trainable not in TRAINABLE:
+            raise ValueError(f"`trainable` must be one of {list(TRAINABLE)}, got {trainable!r}.")
+        self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        if self.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"Cannot train for prediction_type={self.scheduler.config.prediction_type!r}.")
+        self.pipe, self.trajectories, self.snr_gamma, self.seed = pipe, trajectories, snr_gamma, seed
+        self.text_dropout, self.image_dropout = text_dropout, image_dropout
+        self.trained = nn.ModuleDict({name: getattr(pipe, name) for name in TRAINABLE[trainable]})
+        self.blenders = KVBlenders(pipe.synapse.config.music_layers)
+
+    @property
+    def unet(self) -> nn.Module:
+        """The music UNet, wrapped where a strategy such as FSDP has wrapped it."""
+        return self.trained["unet"] if "unet" in self.trained else self.pipe.unet
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Installs the blending processors; open around forward *and* backward (gradient checkpointing runs twice)."""
+        with use_attn_processors(self.unet, self.blenders):
+            yield
+
+    def draw(self, indices: torch.Tensor, step: int) -> Draw:
+        """Draws each row's timestep and what it drops, keyed by (seed, step, row).
+
+        Args:
+            indices: `[B]`, the rows' numbers in the data set.
+            step: The optimisation step.
+        """
+        generators = []
+        for index in indices.tolist():
+            (key,) = np.random.SeedSequence([self.seed, step, index]).generate_state(1, np.uint64)
+            generators.append(torch.Generator().manual_seed(int(key)))
+        num_timesteps = self.scheduler.config.num_train_timesteps
+        timesteps = torch.cat([torch.randint(num_timesteps, (1,), generator=generator) for generator in generators])
+        chances = torch.stack([torch.rand(2, generator=generator) for generator in generators])
+        keeps = chances >= torch.tensor([self.text_dropout, self.image_dropout]) if self.training else chances >= 0
+        return Draw(timesteps, *keeps.unbind(dim=1), generators)
+
+    def forward(self, batch: dict, step: int) -> torch.Tensor:
+        """Gives the mean loss of a batch; see `per_sample_loss`."""
+        return self.per_sample_loss(batch, step).mean()
+
+    def per_sample_loss(self, batch: dict, step: int) -> torch.Tensor:
+        """Gives each row's loss; in eval mode nothing is dropped.
+
+        Args:
+            batch: `waveforms` `[B, samples]` at 16 kHz, `captions` (B texts), `indices` `[B]`, and `image_paths` (with
+                trajectories) or `pixel_values` `[B, 3, S, S]` in [-1, 1] (without).
+            step: The optimisation step, which keys the randomness.
+
+        Returns:
+            `[B]`, float32.
+
+        Raises:
+            RuntimeError: If it runs outside of `attached()`, where the picture would have no effect.
+        """
+        if any(self.unet.get_submodule(name).processor is not processor for name, processor in self.blenders.items()):
+            raise RuntimeError(
+                "The blending processors are not installed: open `objective.attached()` around training."
+            )
+        draw = self.draw(batch["indices"], step)
+        latents, noise = self._music_latents(batch["waveforms"], draw)
+        timesteps = draw.timesteps.to(latents.device)
+        noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)
+        captions = [caption if keep else "" for caption, keep in zip(batch["captions"], draw.keeps_text)]
+        prompt_embeds, _ = self.pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+
+        self._read_image(batch, draw, latents.shape)
+        dtype = self.unet.dtype
+        model_output = self.unet(
+            noisy_latents.to(dtype), timesteps, encoder_hidden_states=None, class_labels=prompt_embeds.to(dtype)
+        ).sample
+        target = noise
+        if self.scheduler.config.prediction_type == "v_prediction":
+            target = self.scheduler.get_velocity(latents, noise, timesteps)
+        losses = (model_output.float() - target).square().flatten(1).mean(dim=1)
+        return losses * self._snr_weights(timesteps)
+
+    @torch.no_grad()
+    def _music_latents(self, waveforms: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
+        latents = waveform_to_latents(
+            waveforms[:, None], SAMPLING_RATE, self.pipe.vae, sample_mode="sample", generator=draw.generators
+        ).float()
+        return latents, randn_tensor(latents.shape, draw.generators, latents.device)
+
+    @torch.no_grad()
+    def _image_latents(self, batch: dict, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self.pipe.image_unet.device
+        if self.trajectories is not None:
+            latents, timesteps = self.trajectories.read(batch["image_paths"], draw.timesteps)
+            return latents.to(device), timesteps.to(device)
+        pixel_values = batch["pixel_values"].to(device, self.pipe.image_vae.dtype)
+        latents = self.pipe.image_vae.encode(pixel_values).latent_dist.mode().float()
+        latents = latents * self.pipe.image_vae.config.scaling_factor
+        noise = randn_tensor(latents.shape, draw.generators, device)
+        scheduler = DDIMScheduler.from_config(self.pipe.image_scheduler.config)
+        timesteps = draw.timesteps.to(device)
+        return scheduler.add_noise(latents, noise, timesteps), timesteps
+
+    def _read_image(self, batch: dict, draw: Draw, music_shape: torch.Size) -> None:
+        synapse = self.trained["synapse"]
+        with torch.no_grad():
+            latents, timesteps = self._image_latents(batch, draw)
+            prompt_embeds = self.pipe.encode_image_prompt("", len(latents))
+            layers = self.pipe.synapse.config.image_layers
+            recorded = record_keys_and_values(self.pipe.image_unet, latents, timesteps, prompt_embeds, layers)
+        keys, values, alphas = synapse(*recorded, self.pipe.synapse.num_tokens(*music_shape[-2:]))
+        kept = draw.keeps_image.to(alphas)
+        self.blenders.read({layer: (keys[layer], values[layer]) for layer in keys}, alphas[:, None, None] * kept)
+
+    def _snr_weights(self, timesteps: torch.Tensor) -> torch.Tensor:
+        if self.snr_gamma is None:
+            return torch.ones_like(timesteps, dtype=torch.float32)
+        snr = compute_snr(self.scheduler, timesteps)
+        offset = 1 if self.scheduler.config.prediction_type == "v_prediction" else 0
+        return snr.clamp(max=self.snr_gamma) / (snr + offset)

@@ -1,0 +1,219 @@
+"""`examples/train_melfusion.py` as a user runs it, killed and resumed."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import train_melfusion
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import generator, photograph
+from untrained import untrained_components
+
+from melfusion_pipeline import MelFusionPipeline
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """Eight triplets whose music depends on the picture, and an untrained pipeline."""
+    folder = tmp_path_factory.mktemp("training")
+    times = np.arange(16000) / 16000
+    with (folder / "train.jsonl").open("w") as file:
+        for index in range(8):
+            photograph(index, 40, 36).save(folder / f"{index}.png")
+            tone = 0.4 * np.sin(2 * np.pi * 220 * 2 ** (index / 4) * times) * np.exp(-times * index / 2)
+            soundfile.write(folder / f"{index}.flac", tone, 16000)
+            row = {"image": f"{index}.png", "audio": f"{index}.flac", "caption": f"music {index % 2}"}
+            file.write(json.dumps(row) + "\n")
+    pipe = MelFusionPipeline(**untrained_components(mel_bands=64, latent_frames=16))
+    pipe.synapse.reset_parameters()
+    pipe.save_pretrained(folder / "pipeline")
+    return folder
+
+
+def arguments(workspace: Path, output: Path, **flags) -> list[str]:
+    flags = {
+        "pretrained_model_name_or_path": workspace / "pipeline",
+        "train_data": workspace / "train.jsonl",
+        "output_dir": output,
+        "audio_length_in_s": 0.64,
+        "max_train_steps": 6,
+        "train_batch_size": 4,
+        "checkpointing_steps": 3,
+        "num_inversion_steps": 3,
+        "trajectory_cache": workspace / "trajectories",
+        "report_to": "none",
+        **flags,
+    }
+    texts = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in flags.items()]
+    return [text for pair in texts for text in pair]
+
+
+def train(workspace: Path, output: Path, **flags) -> list[float]:
+    """Trains in this process and gives the losses."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    train_melfusion.main(arguments(workspace, output, **flags))
+    return losses(output)
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "losses.jsonl").read_text().splitlines()]
+
+
+def play(pipe: MelFusionPipeline) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    kwargs = {"num_inference_steps": 2, "num_inversion_steps": 3, "generator": generator()}
+    return pipe(photograph(), "music 1", **kwargs).audios
+
+
+def test_training_saves_a_pipeline_that_plays_differently_and_knows_how_it_was_trained(workspace, tmp_path):
+    flags = {"validation_data": workspace / "train.jsonl", "validation_steps": 6, "num_validation_samples": 1}
+    train(workspace, tmp_path, use_ema=True, gradient_accumulation_steps=2, report_to="tensorboard", **flags)
+    trained = MelFusionPipeline.from_pretrained(tmp_path)
+    untrained = MelFusionPipeline.from_pretrained(workspace / "pipeline")
+    assert trained.synapse.alphas.abs().min() > 0
+    assert not np.array_equal(play(trained), play(untrained))
+    for name, tensor in trained.unet.state_dict().items():
+        torch.testing.assert_close(tensor, untrained.unet.state_dict()[name])
+    config = trained.synapse.config
+    assert (config.image_latents, config.num_inversion_steps, config.image_size) == ("inversion", 3, 32)
+    card = (tmp_path / "README.md").read_text()
+    assert "pipeline_tag: text-to-audio" in card and "library_name: diffusers" in card and "inversion, 32 px" in card
+    assert (tmp_path / "validation" / "step-6" / "0.wav").is_file() and list(tmp_path.glob("logs/*/events*"))
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(workspace, tmp_path):
+    flags = {"use_ema": True, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "train_batch_size": 3, "train": "unet"}
+    whole = train(workspace, tmp_path / "whole", max_train_steps=7, **flags)
+    train(workspace, tmp_path / "parts", max_train_steps=7, **flags)
+    for late in ("checkpoint-6", "checkpoint-7"):
+        os.rename(tmp_path / "parts" / late, tmp_path / late)
+    parts = train(workspace, tmp_path / "parts", max_train_steps=7, resume_from_checkpoint="latest", **flags)
+    assert len(whole) == len(parts) == 7
+    np.testing.assert_allclose(parts, whole, atol=1e-6)
+    one, other = (MelFusionPipeline.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
+    for name in ("synapse", "unet"):
+        weights = getattr(other, name).state_dict()
+        for key, tensor in getattr(one, name).state_dict().items():
+            torch.testing.assert_close(weights[key], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_noising_streaming_and_published(workspace, tmp_path, hub):
+    flags = {"image_latents": "noising", "streaming": True, "random_image_crops": True, "hub_model_id": "tester/mine"}
+    assert len(train(workspace, tmp_path, push_to_hub=True, max_train_steps=3, **flags)) == 3
+    files = hub.files("tester/mine")
+    assert "pipeline_melfusion.py" in files and not any("checkpoint-" in name for name in files)
+    loaded = MelFusionPipeline.from_pretrained("tester/mine")
+    assert loaded.synapse.config.image_latents == "noising" and loaded.synapse.config.num_inversion_steps is None
+    assert b"melfusion" in files["README.md"]
+
+
+def test_checkpoints_are_limited_and_bad_rows_refused_or_skipped(workspace, tmp_path):
+    train(workspace, tmp_path / "limited", checkpointing_steps=1, checkpoints_total_limit=2, max_train_steps=4)
+    assert sorted(path.name for path in (tmp_path / "limited").glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
+    bad = workspace / "bad.jsonl"
+    bad.write_text(
+        (workspace / "train.jsonl").read_text() + '{"image": "0.png", "audio": "gone.flac", "caption": "x"}\n'
+    )
+    with pytest.raises(ValueError, match="(?s)8 .*gone.flac.*missing"):
+        train(workspace, tmp_path / "bad", train_data=bad)
+    assert not (tmp_path / "bad" / "model_index.json").exists()
+    assert len(train(workspace, tmp_path / "bad", train_data=bad, skip_bad_rows=True, max_train_steps=1)) == 1
+
+
+WRONG = {
+    "no model": ({"pretrained_model_name_or_path": None}, "both --pretrained_image_model"),
+    "two models": ({"pretrained_image_model": "a", "pretrained_music_model": "b"}, "already holds"),
+    "no hub id": ({"push_to_hub": True}, "--push_to_hub needs --hub_model_id"),
+    "crops": ({"random_image_crops": True}, "--random_image_crops needs"),
+    "no data": ({"train_data": "nowhere.jsonl"}, "does not exist"),
+    "no steps": ({"max_train_steps": 0}, "--max_train_steps must be above 0"),
+    "NaN rate": ({"learning_rate": "nan"}, "--learning_rate must be above 0"),
+    "dropout": ({"text_dropout": 1.5}, r"--text_dropout must lie in \[0, 1\]"),
+    "resume": ({"resume_from_checkpoint": "nowhere"}, "neither a folder nor 'latest'"),
+    "train": ({"train": "vae"}, "invalid choice"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_flags_are_refused_before_anything_loads(workspace, tmp_path, capsys, case):
+    flags, message = WRONG[case]
+    given = arguments(workspace, tmp_path / "out", **{**flags})
+    if None in flags.values():
+        given = given[2:]
+    with pytest.raises(SystemExit):
+        train_melfusion.main(given)
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def train_forever(workspace: Path, output: Path, flags: dict) -> None:
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    train(workspace, output, **flags)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_sigkill_at_a_random_moment_loses_nothing(workspace, tmp_path, kills):
+    """The run is killed while it trains or writes; the curve is that of a run that was never killed."""
+    steps = 6 * kills
+    flags = {"max_train_steps": steps, "checkpointing_steps": 1, "checkpoints_total_limit": 2, "use_ema": True}
+    whole = train(workspace, tmp_path / "whole", **flags)
+    chance, output = random.Random(0), tmp_path / "killed"
+    context = multiprocessing.get_context("fork")
+    killed = 0
+    while killed < kills:
+        process = context.Process(
+            target=train_forever, args=(workspace, output, {**flags, "resume_from_checkpoint": "latest"})
+        )
+        process.start()
+        goal = len(train_melfusion.list_checkpoints(output)) and latest_step(output)
+        while process.is_alive() and latest_step(output) < goal + 2:
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 0.5))
+        if not process.is_alive():
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        killed += 1
+    assert killed == kills
+    resumed = train(workspace, output, resume_from_checkpoint="latest", **flags)
+    np.testing.assert_allclose(resumed, whole, atol=1e-6)
+
+
+def latest_step(output: Path) -> int:
+    checkpoints = train_melfusion.list_checkpoints(output)
+    return int(checkpoints[-1].name.rpartition("-")[2]) if checkpoints else 0
+
+
+@pytest.mark.slow
+def test_accelerate_launch_with_two_processes_trains_as_one(workspace, tmp_path):
+    whole = train(workspace, tmp_path / "one", train_batch_size=4, max_train_steps=5)
+    # On the CPU accelerate starts several processes only by its launcher for several GPUs.
+    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    script = ROOT / "examples" / "train_melfusion.py"
+    command = [sys.executable, "-m", *launch.split(), "--dynamo_backend", "no", str(script)]
+    flags = arguments(workspace, tmp_path / "two", train_batch_size=2, max_train_steps=5)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(command + flags, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_allclose(losses(tmp_path / "two"), whole, atol=1e-5)
+    one, two = (MelFusionPipeline.from_pretrained(tmp_path / name).synapse for name in ("one", "two"))
+    for key, tensor in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[key], tensor, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,303 @@
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed
+from conftest import photograph
+from torch.nn.parallel import DistributedDataParallel
+from untrained import untrained_components
+
+from melfusion_pipeline import MelFusionPipeline
+from melfusion_pipeline.audio import waveform_to_latents
+from melfusion_pipeline.inversion_melfusion import record_keys_and_values
+from melfusion_pipeline.training import MelFusionObjective, TrajectoryCache, freeze
+
+STEPS = 3
+
+
+@pytest.fixture
+def training_pipe() -> MelFusionPipeline:
+    pipe = MelFusionPipeline(**untrained_components(mel_bands=64, latent_frames=16))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def batch(tmp_path) -> dict:
+    return make_batch(tmp_path, 4)
+
+
+def make_batch(folder, size: int) -> dict:
+    torch.manual_seed(0)
+    paths = [folder / f"{index}.png" for index in range(size)]
+    for index, path in enumerate(paths):
+        photograph(index, 40, 36).save(path)
+    return {
+        "waveforms": torch.randn(size, 10240) * 0.1,
+        "captions": [f"music number {index}" for index in range(size)],
+        "indices": torch.arange(size) + 100,
+        "image_paths": [str(path) for path in paths],
+        "pixel_values": torch.rand(size, 3, 32, 32) * 2 - 1,
+    }
+
+
+def rows(batch: dict, index: slice) -> dict:
+    return {name: values[index] for name, values in batch.items()}
+
+
+def make_objective(pipe, folder=None, **kwargs) -> MelFusionObjective:
+    """With a folder the pictures come from inversion trajectories, without one from noising."""
+    trajectories = None if folder is None else TrajectoryCache(folder / "cache", pipe, STEPS, 32)
+    freeze(pipe, kwargs.get("trainable", "synapse"))
+    return MelFusionObjective(pipe, trajectories=trajectories, **kwargs).train()
+
+
+@pytest.mark.parametrize("trainable", ["synapse", "unet"])
+def test_gradients_reach_exactly_what_is_trained_and_the_rest_stays_bitwise(training_pipe, batch, tmp_path, trainable):
+    pipe = training_pipe
+    objective = make_objective(pipe, tmp_path, trainable=trainable)
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    before = {
+        name: {key: value.clone() for key, value in model.state_dict().items()} for name, model in models.items()
+    }
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-2)
+    with objective.attached():
+        for step in range(20):
+            optimizer.zero_grad()
+            objective(batch, step).backward()
+            if step == 0:
+                reached = {
+                    f"{name}.{key}"
+                    for name, model in models.items()
+                    for key, parameter in model.named_parameters()
+                    if parameter.grad is not None and parameter.grad.any()
+                }
+            optimizer.step()
+
+    trained = {"synapse"} | ({"unet"} if trainable == "unet" else set())
+    expected = {f"{name}.{key}" for name in trained for key, _ in models[name].named_parameters()}
+    # The keys of a layer with one token have no gradient: softmax over one score is constant.
+    assert reached <= expected and len(expected - reached) <= 0.25 * len(expected)
+    assert {"synapse.alphas", "synapse.value_projections.0.weight"} <= reached
+    for name, model in models.items():
+        changed = [not torch.equal(value, before[name][key]) for key, value in model.state_dict().items()]
+        assert (sum(changed) > 0.7 * len(changed)) if name in trained else not any(changed)
+
+
+def test_only_what_is_trained_is_registered(training_pipe):
+    assert {name.split(".")[1] for name, _ in make_objective(training_pipe).named_parameters()} == {"synapse"}
+    names = {name.split(".")[1] for name, _ in make_objective(training_pipe, trainable="unet").named_parameters()}
+    assert names == {"synapse", "unet"}
+
+
+def test_freezing_casts_what_is_frozen_and_keeps_what_is_trained_in_float32(training_pipe, batch):
+    freeze(training_pipe, "synapse", torch.bfloat16)
+    assert training_pipe.unet.dtype == training_pipe.image_unet.dtype == torch.bfloat16
+    assert training_pipe.synapse.dtype == torch.float32 and training_pipe.synapse.training
+    objective = MelFusionObjective(training_pipe).train()
+    with objective.attached():
+        objective(batch, 0).backward()
+    assert torch.isfinite(training_pipe.synapse.alphas.grad).all() and training_pipe.synapse.alphas.grad.any()
+    with pytest.raises(ValueError, match="`trainable` must be one of"):
+        freeze(training_pipe, "vae")
+
+
+def test_gradient_checkpointing_changes_no_gradient(training_pipe, batch, tmp_path):
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            training_pipe.unet.enable_gradient_checkpointing()
+        objective = make_objective(training_pipe, tmp_path, trainable="unet")
+        objective.zero_grad()
+        with objective.attached():
+            objective(batch, 3).backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in objective.named_parameters()})
+    assert training_pipe.unet.is_gradient_checkpointing
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["inversion", "noising"])
+def test_a_rows_loss_depends_on_seed_step_and_row_alone(training_pipe, batch, tmp_path, source):
+    folder = tmp_path if source == "inversion" else None
+    objective = make_objective(training_pipe, folder, text_dropout=0.5, image_dropout=0.5)
+    with torch.no_grad(), objective.attached():
+        together = objective.per_sample_loss(batch, 7)
+        for index in range(4):
+            alone = objective.per_sample_loss(rows(batch, slice(index, index + 1)), 7)
+            torch.testing.assert_close(alone, together[index : index + 1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(objective(batch, 7), together.mean())
+        assert not torch.allclose(objective.per_sample_loss(batch, 8), together)
+    again = objective.draw(batch["indices"], 7)
+    assert torch.equal(again.timesteps, objective.draw(batch["indices"], 7).timesteps)
+
+
+def test_dropping_has_its_probability_and_is_independent(training_pipe):
+    objective = make_objective(training_pipe, text_dropout=0.1, image_dropout=0.3)
+    draw = objective.draw(torch.arange(4000), 0)
+    text, image = 1 - draw.keeps_text.float(), 1 - draw.keeps_image.float()
+    assert abs(text.mean() - 0.1) < 0.02 and abs(image.mean() - 0.3) < 0.03
+    assert abs((text * image).mean() - 0.03) < 0.01
+    assert draw.timesteps.min() == 0 and draw.timesteps.max() >= 995
+    draw = objective.eval().draw(torch.arange(100), 0)
+    assert draw.keeps_text.all() and draw.keeps_image.all()
+
+
+def test_a_dropped_picture_is_alpha_zero_and_a_dropped_text_is_empty(training_pipe, batch):
+    with torch.no_grad():
+        dropped = make_objective(training_pipe, image_dropout=1.0, text_dropout=0.0)
+        with dropped.attached():
+            without = dropped.per_sample_loss(batch, 0)
+        texts = make_objective(training_pipe, image_dropout=0.0, text_dropout=1.0)
+        with texts.attached():
+            no_text = texts.per_sample_loss(batch, 0)
+        plain = make_objective(training_pipe, image_dropout=0.0, text_dropout=0.0)
+        with plain.attached():
+            torch.testing.assert_close(plain.per_sample_loss({**batch, "captions": [""] * 4}, 0), no_text)
+            assert (plain.per_sample_loss(batch, 0) - without).abs().max() > 1e-5
+            training_pipe.synapse.reset_parameters()
+            torch.testing.assert_close(plain.per_sample_loss(batch, 0), without)
+
+
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_loss_is_the_papers(training_pipe, batch, prediction_type, snr_gamma):
+    """Algorithm 1 written out, at alpha = 0, where the UNet alone predicts."""
+    pipe = training_pipe
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction_type)
+    pipe.synapse.reset_parameters()
+    objective = make_objective(pipe, snr_gamma=snr_gamma).eval()
+    with torch.no_grad(), objective.attached():
+        losses = objective.per_sample_loss(batch, 2)
+        draw = objective.draw(batch["indices"], 2)
+        for index, t in enumerate(draw.timesteps.tolist()):
+            waveform = batch["waveforms"][index : index + 1]
+            own = [draw.generators[index]]
+            latents = waveform_to_latents(waveform[:, None], 16000, pipe.vae, sample_mode="sample", generator=own)
+            noise = torch.randn(latents.shape, generator=own[0])
+            abar = pipe.scheduler.alphas_cumprod[t]
+            noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
+            embeds, _ = pipe.encode_prompt(batch["captions"][index], do_classifier_free_guidance=False)
+            target = noise if prediction_type == "epsilon" else abar.sqrt() * noise - (1 - abar).sqrt() * latents
+            objective.blenders.read(first_picture(objective.blenders), torch.zeros(len(objective.blenders), 1))
+            error = (pipe.unet(noisy, t, None, class_labels=embeds).sample - target).square().mean()
+            snr = abar / (1 - abar)
+            weight = 1.0 if snr_gamma is None else min(snr, torch.tensor(5.0)) / snr
+            if snr_gamma is not None and prediction_type == "v_prediction":
+                weight = min(snr, torch.tensor(5.0)) / (snr + 1)
+            torch.testing.assert_close(losses[index], weight * error, atol=1e-5, rtol=1e-4)
+
+
+def first_picture(blenders) -> dict:
+    """What the blenders hold, for one picture."""
+    return {layer: tuple(part[:1] for part in processor.cell.read()) for layer, processor in blenders.items()}
+
+
+def test_outside_of_attached_the_objective_refuses(training_pipe, batch):
+    objective = make_objective(training_pipe)
+    with pytest.raises(RuntimeError, match="attached"):
+        objective(batch, 0)
+    originals = dict(training_pipe.unet.attn_processors)
+    with objective.attached():
+        objective(batch, 0)
+    assert training_pipe.unet.attn_processors == originals
+
+
+# ---------------------------------------- trajectories
+
+
+def test_trajectories_are_the_latents_at_which_the_pipeline_records(training_pipe, batch, tmp_path):
+    pipe = training_pipe
+    cache = TrajectoryCache(tmp_path / "cache", pipe, STEPS, 32)
+    assert cache.timesteps.tolist() == [0, 332, 666]
+    features = pipe.encode_image(photograph(0, 40, 36), num_inversion_steps=STEPS, image_size=32)
+    assert features.timesteps.tolist() == cache.timesteps.tolist()
+    latents, timesteps = cache.read(batch["image_paths"][:1] * 3, torch.tensor([10, 350, 999]))
+    assert timesteps.tolist() == [0, 332, 666]
+    layer = pipe.synapse.config.image_layers[0]
+    objective = make_objective(pipe, tmp_path)
+    recorded, _ = record(pipe, latents, timesteps)
+    torch.testing.assert_close(recorded[layer], features.keys[layer][:, 0], atol=1e-2, rtol=1e-2)
+    assert objective.trajectories.missing(batch["image_paths"][:1]) == []
+
+
+def record(pipe, latents, timesteps):
+    prompt_embeds = pipe.encode_image_prompt("", len(latents))
+    with torch.no_grad():
+        return record_keys_and_values(
+            pipe.image_unet, latents, timesteps, prompt_embeds, pipe.synapse.config.image_layers
+        )
+
+
+def test_the_cache_is_keyed_by_content_settings_and_models_and_is_resumable(training_pipe, batch, tmp_path):
+    pipe, paths = training_pipe, batch["image_paths"]
+    cache = TrajectoryCache(tmp_path / "cache", pipe, STEPS, 32)
+    assert cache.missing(paths) == paths
+    cache.build(paths, batch_size=3, process_index=0, num_processes=2)
+    assert cache.missing(paths) == paths[1::2]
+    cache.build(paths)
+    files = sorted(cache.folder.iterdir())
+    assert len(files) == 4 and {file.suffix for file in files} == {".safetensors"}
+    payload = sum(file.stat().st_size for file in files)
+    assert cache.nbytes(4) == 4 * STEPS * 4 * 8 * 8 * 2 and payload - cache.nbytes(4) < 4 * 200
+
+    stamps = [file.stat().st_mtime_ns for file in files]
+    again = TrajectoryCache(tmp_path / "cache", pipe, STEPS, 32)
+    again.build(paths)
+    assert [file.stat().st_mtime_ns for file in files] == stamps
+    photograph(0, 40, 36).save(tmp_path / "copy.png")
+    assert again.missing([str(tmp_path / "copy.png")]) == []
+    assert TrajectoryCache(tmp_path / "cache", pipe, STEPS + 1, 32).missing(paths) == paths
+    assert TrajectoryCache(tmp_path / "cache", pipe, STEPS, 48).missing(paths) == paths
+    with torch.no_grad():
+        pipe.image_unet.conv_in.bias[0] += 1e-3
+    assert TrajectoryCache(tmp_path / "cache", pipe, STEPS, 32).missing(paths) == paths
+
+
+# ---------------------------------------- two processes
+
+
+def distributed_gradients(rank: int, port: int, folder, queue) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo")
+    pipe = MelFusionPipeline(**untrained_components(mel_bands=64, latent_frames=16))
+    objective = make_objective(pipe, trainable="unet")
+    batch = rows(make_batch(folder / str(rank), 4), slice(rank * 2, rank * 2 + 2))
+    model = DistributedDataParallel(objective)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with objective.attached():
+        for step in range(5):
+            optimizer.zero_grad()
+            model(batch, step).backward()
+            if step == 0:
+                gradient = torch.cat([parameter.grad.flatten() for parameter in objective.parameters()]).numpy()
+            optimizer.step()
+    weights = torch.cat([parameter.detach().flatten() for parameter in objective.parameters()]).numpy()
+    queue.put((rank, gradient, weights))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(training_pipe, batch, tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue, port = context.Queue(), 20000 + os.getpid() % 20000
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    processes = [
+        context.Process(target=distributed_gradients, args=(rank, port, tmp_path, queue)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    results = sorted([queue.get(timeout=300) for _ in processes], key=lambda result: result[0])
+    for process in processes:
+        process.join()
+    (_, gradient, weights), (_, other_gradient, other_weights) = results
+    assert np.array_equal(weights, other_weights) and np.array_equal(gradient, other_gradient)
+
+    objective = make_objective(training_pipe, trainable="unet")
+    with objective.attached():
+        objective(batch, 0).backward()
+    single = torch.cat([parameter.grad.flatten() for parameter in objective.parameters()]).numpy()
+    assert np.abs(single).max() > 1e-3
+    np.testing.assert_allclose(gradient, single, atol=1e-5)
