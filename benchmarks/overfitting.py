@@ -16,7 +16,7 @@ import PIL.Image
 import torch
 from matplotlib.figure import Figure
 
-from melfusion_pipeline import MelFusionPipeline
+from melfusion_pipeline import MelFusionPipeline, VisualSynapse
 from melfusion_pipeline.audio import waveform_to_latents
 from melfusion_pipeline.inversion_melfusion import prepare_image
 from melfusion_pipeline.metrics import bootstrap_interval
@@ -24,7 +24,7 @@ from melfusion_pipeline.training import MelFusionObjective, TrajectoryCache, fre
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
-from untrained import untrained_components  # noqa: E402
+from untrained import music_unet, untrained_components  # noqa: E402
 
 DRAWS = 64
 SAMPLES = 16 * 640
@@ -46,8 +46,11 @@ def make_triplets() -> dict:
 
 
 def make_pipeline(triplets: dict) -> MelFusionPipeline:
-    pipe = MelFusionPipeline(**untrained_components(mel_bands=64, latent_frames=16))
-    pipe.synapse.reset_parameters()
+    components = untrained_components(mel_bands=64, latent_frames=16)
+    widths = (32, 48, 64, 64)
+    components["unet"] = music_unet(block_out_channels=widths, cross_attention_dim=widths, attention_head_dim=8)
+    components["synapse"] = VisualSynapse.from_unets(components["image_unet"], components["unet"])
+    pipe = MelFusionPipeline(**components)
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         latents = waveform_to_latents(triplets["waveforms"][:, None], 16000, pipe.vae)
@@ -127,12 +130,12 @@ def main() -> None:
         pipe = make_pipeline(triplets)
         curves = {
             "--train unet": run(
-                "unet", pipe, "unet", triplets, cache, steps=args.steps, learning_rate=3e-3, image_dropout=0.1
+                "unet", pipe, "unet", triplets, cache, steps=args.steps, learning_rate=2e-3, image_dropout=0.1
             )
         }
         pipe = make_pipeline(triplets)
         curves["text only (all pictures dropped)"] = run(
-            "text only", pipe, "unet", triplets, cache, steps=args.steps, learning_rate=3e-3, image_dropout=1.0
+            "text only", pipe, "unet", triplets, cache, steps=args.steps, learning_rate=2e-3, image_dropout=1.0
         )
         pipe.synapse.reset_parameters()
         curves["then --train synapse"] = run(
