@@ -36,7 +36,7 @@ class Counted:
     The text encoders are left out: the same on both sides of every ratio, but for CLIP's single pass of 0.01 TFLOP.
     """
 
-    def __init__(self, pipe: MelFusionPipeline, image_size: int) -> None:
+    def __init__(self, pipe: MelFusionPipeline, image_size: int, inversion_steps: int = INVERSION_STEPS) -> None:
         latents = torch.empty(2, *pipe._latent_shape(AUDIO_LENGTH_IN_S), device="meta")
         embeds = torch.empty(2, pipe.unet.config.projection_class_embeddings_input_dim, device="meta")
         timestep = torch.empty((), device="meta")
@@ -48,7 +48,7 @@ class Counted:
         self.image_vae, _ = count(lambda: pipe.image_vae.encode(pixels).latent_dist.mode())
         self.image_pass, _ = count(pipe.image_unet, image_latents, timestep, null)
         layers = pipe.synapse.config.image_layers
-        record = (pipe.image_unet, pipe.image_scheduler, image_latents, null, layers, INVERSION_STEPS)
+        record = (pipe.image_unet, pipe.image_scheduler, image_latents, null, layers, inversion_steps)
         self.inversion, features = count(
             record_image_features, *record, progress_bar=functools.partial(tqdm, disable=True)
         )

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import save_audio
 from melfusion_pipeline.data import (
+    COLUMNS,
     TripletDataset,
     TripletStream,
     check_rows,
@@ -79,9 +80,9 @@ def add_model_arguments(group) -> None:
 def add_data_arguments(group) -> None:
     group.add_argument("--train_data", required=True, help=".jsonl, .json or .csv, one triplet a row")
     group.add_argument("--data_root", help="folder that no file may lie outside of (default: that of --train_data)")
-    group.add_argument("--image_column", default="image")
-    group.add_argument("--audio_column", default="audio")
-    group.add_argument("--caption_column", default="caption")
+    for column in COLUMNS:
+        group.add_argument(f"--{column}_column", default=column, help="its name in the file")
+    group.add_argument("--train_split", help="use only the rows with this value in the split column")
     group.add_argument("--streaming", action="store_true", help="read the rows while training, with flat memory")
     group.add_argument("--check_data", action="store_true", help="check every row, print the problems and stop")
     group.add_argument("--skip_bad_rows", action="store_true", help="train without the rows that have problems")
@@ -123,6 +124,7 @@ def add_output_arguments(group) -> None:
     group.add_argument("--checkpoints_total_limit", type=int)
     group.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or 'latest'")
     group.add_argument("--validation_data", help="as --train_data")
+    group.add_argument("--validation_split", help="as --train_split; --validation_data may then be the same file")
     group.add_argument("--validation_steps", type=int, default=500)
     group.add_argument("--num_validation_samples", type=int, default=2, help="rows to generate music for")
     group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, ..., all or none")
@@ -140,6 +142,8 @@ def find_problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--push_to_hub needs --hub_model_id"
     if args.random_image_crops and args.image_latents != "noising":
         yield "--random_image_crops needs --image_latents noising: a trajectory belongs to one crop"
+    if args.validation_split and not args.validation_data:
+        yield "--validation_split needs --validation_data"
     for name in ("train_data", "validation_data"):
         path = getattr(args, name)
         if path is not None and not Path(path).is_file():
@@ -225,10 +229,21 @@ class GlobalBatches(Sampler[list[int]]):
             yield order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size][self.own]
 
 
-def load_checked_rows(path: str, args: argparse.Namespace, accelerator: Accelerator) -> Iterable[dict]:
+def is_in_split(row_split: str | None, split: str) -> bool:
+    """A function, because spawned workers cannot be sent a lambda."""
+    return row_split == split
+
+
+def load_checked_rows(
+    path: str, split: str | None, args: argparse.Namespace, accelerator: Accelerator
+) -> Iterable[dict]:
     """Opens a set; the main process reads every row once and all leave out what it found wrong."""
-    columns = {"image": args.image_column, "audio": args.audio_column, "caption": args.caption_column}
+    columns = {column: getattr(args, f"{column}_column") for column in COLUMNS}
     rows = load_rows(path, columns, streaming=args.streaming)
+    if split is not None:
+        rows = rows.filter(functools.partial(is_in_split, split=split), input_columns="split")
+        if next(iter(rows), None) is None:
+            raise ValueError(f"{path} holds no row of the split {split!r}.")
     problems = [check_rows(rows, data_root(path, args)) if accelerator.is_main_process else None]
     broadcast_object_list(problems)
     if args.check_data:
@@ -335,8 +350,10 @@ def make_objective(args: argparse.Namespace, pipe: MelFusionPipeline, trajectori
 def set_up(args: argparse.Namespace, accelerator: Accelerator) -> State | None:
     """Loads everything and puts it on its device; None after `--check_data`."""
     set_seed(args.seed)
-    rows = load_checked_rows(args.train_data, args, accelerator)
-    validation_rows = load_checked_rows(args.validation_data, args, accelerator) if args.validation_data else ()
+    rows = load_checked_rows(args.train_data, args.train_split, args, accelerator)
+    validation_rows = ()
+    if args.validation_data:
+        validation_rows = load_checked_rows(args.validation_data, args.validation_split, args, accelerator)
     if args.check_data:
         return None
     pipe = load_pipeline(args)

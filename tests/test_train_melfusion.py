@@ -36,6 +36,7 @@ def workspace(tmp_path_factory) -> Path:
             tone = 0.4 * np.sin(2 * np.pi * 220 * 2 ** (index / 4) * times) * np.exp(-times * index / 2)
             soundfile.write(folder / f"{index}.flac", tone, 16000)
             row = {"image": f"{index}.png", "audio": f"{index}.flac", "caption": f"music {index % 2}"}
+            row["part"] = "test" if index == 7 else "train"
             file.write(json.dumps(row) + "\n")
     pipe = MelFusionPipeline(**untrained_components(mel_bands=64, latent_frames=16))
     pipe.synapse.reset_parameters()
@@ -81,6 +82,7 @@ def play(pipe: MelFusionPipeline) -> np.ndarray:
 
 def test_training_saves_a_pipeline_that_plays_differently_and_knows_how_it_was_trained(workspace, tmp_path):
     flags = {"validation_data": workspace / "train.jsonl", "validation_steps": 6, "num_validation_samples": 1}
+    flags |= {"split_column": "part", "train_split": "train", "validation_split": "test"}
     train(workspace, tmp_path, use_ema=True, gradient_accumulation_steps=2, report_to="tensorboard", **flags)
     trained = MelFusionPipeline.from_pretrained(tmp_path)
     untrained = MelFusionPipeline.from_pretrained(workspace / "pipeline")
@@ -145,6 +147,7 @@ WRONG = {
     "no data": ({"train_data": "nowhere.jsonl"}, "does not exist"),
     "no steps": ({"max_train_steps": 0}, "--max_train_steps must be above 0"),
     "NaN rate": ({"learning_rate": "nan"}, "--learning_rate must be above 0"),
+    "split": ({"validation_split": "test"}, "--validation_split needs --validation_data"),
     "dropout": ({"text_dropout": 1.5}, r"--text_dropout must lie in \[0, 1\]"),
     "resume": ({"resume_from_checkpoint": "nowhere"}, "neither a folder nor 'latest'"),
     "train": ({"train": "vae"}, "invalid choice"),
