@@ -234,6 +234,8 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
                     f"`latents` must have the shape {list(shape)} (batch, channels, time, frequency) for"
                     f" {audio_length_in_s} s, got {list(latents.shape)}."
                 )
+            if not latents.isfinite().all():
+                raise ValueError("`latents` holds NaN or infinite values.")
         return num_prompts, num_images
 
     def _check_prompts(
@@ -260,6 +262,8 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
             width = self.unet.config.projection_class_embeddings_input_dim
             if embeds.ndim != 2 or embeds.shape[1] != width or not len(embeds):
                 raise ValueError(f"`{name}_embeds` must have the shape [prompts, {width}], got {list(embeds.shape)}.")
+            if not embeds.isfinite().all():
+                raise ValueError(f"`{name}_embeds` holds NaN or infinite values.")
 
         num_prompts = _count(prompt) if prompt_embeds is None else len(prompt_embeds)
         num_negatives = _count(negative_prompt) if negative_prompt_embeds is None else len(negative_prompt_embeds)
@@ -414,6 +418,7 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
             feature_source,
             self.progress_bar,
         )
+        _check_finite("the inversion of the picture", *features.keys.values(), *features.values.values())
         return replace(features, image_size=image_size or self.default_image_size)
 
     @property
@@ -616,6 +621,7 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
         Raises:
             TypeError: If an argument has the wrong type.
             ValueError: If an argument is out of range or contradicts another one.
+            FloatingPointError: If NaN or infinite values appear; the message names the stage.
 
         Examples:
             ```py
@@ -669,6 +675,7 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
             self.do_classifier_free_guidance,
             device,
         )
+        _check_finite("the encoding of the prompt", prompt_embeds)
         branches = [negative_prompt_embeds] * (len(self.image_branches) - 1) + [prompt_embeds]
         prompt_embeds = torch.cat(
             [embeds.expand(batch_size, -1).repeat_interleave(num_waveforms_per_prompt, dim=0) for embeds in branches]
@@ -726,13 +733,16 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
                     progress_bar.update()
 
         # 7. Decode
+        _check_finite("denoising", latents)
         audio = latents
         if output_type != "latent":
             audio = self.decode_latents(latents)
+            _check_finite("the VAE decoder", audio)
         if output_type == "mel":
             audio = audio.squeeze(1)[:, : self._num_frames(audio_length_in_s)]
         elif output_type != "latent":
             audio = self.mel_spectrogram_to_waveform(audio)
+            _check_finite("the vocoder", audio)
             audio = audio[:, : round(audio_length_in_s * self.vocoder.config.sampling_rate)]
         if output_type == "np":
             audio = audio.numpy()
@@ -913,6 +923,14 @@ def _check_unets(image_unet: ModelMixin, unet: ModelMixin) -> None:
         raise ValueError(
             f"`music_model` must condition on CLAP embeddings, but its class_embed_type is"
             f" {unet.config.class_embed_type!r}: use an AudioLDM or MusicLDM checkpoint."
+        )
+
+
+def _check_finite(stage: str, *tensors: torch.Tensor) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise FloatingPointError(
+            f"NaN or infinite values appeared in {stage}: its weights are damaged, or its values too large for"
+            f" {tensors[0].dtype}. Try another dtype, or load the weights again."
         )
 
 

@@ -390,6 +390,8 @@ REFUSED = {
     "generator type": ({"generator": 42}, "`generator` must be a torch.Generator"),
     "latents shape": ({"latents": LATENTS[..., :1]}, r"`latents` must have the shape \[1, 4, 8, 2\]"),
     "latents type": ({"latents": [1.0]}, "`latents` must be a torch tensor"),
+    "NaN latents": ({"latents": LATENTS * math.nan}, "`latents` holds NaN"),
+    "NaN embeds": ({"prompt": None, "prompt_embeds": EMBEDS * math.inf}, "`prompt_embeds` holds NaN or infinite"),
     "output type": ({"output_type": "wav"}, "`output_type` must be one of"),
     "feature source": ({"feature_source": "noise"}, "`feature_source` must be one of"),
     "callback tensor": ({"callback_on_step_end_tensor_inputs": ["noise_pred"]}, "must be one of"),
@@ -460,3 +462,23 @@ def test_unmatched_decoders_are_refused():
     plain = {"up_block_types": ("UpBlock2D",) * 4, "down_block_types": ("DownBlock2D",) * 4}
     with pytest.raises(ValueError, match="cannot be matched"):
         VisualSynapse.from_unets(picture_unet(), music_unet(**plain))
+
+
+@pytest.mark.parametrize(
+    ("component", "stage"),
+    [
+        ("text_encoder", "the encoding of the prompt"),
+        ("image_vae", "the inversion of the picture"),
+        ("image_unet", "the inversion of the picture"),
+        ("synapse", "denoising"),
+        ("unet", "denoising"),
+        ("vae", "the VAE decoder"),
+        ("vocoder", "the vocoder"),
+    ],
+)
+def test_damaged_weights_are_reported_with_the_stage_where_they_show(pipe, image, component, stage):
+    with torch.no_grad():
+        for parameter in getattr(pipe, component).parameters():
+            parameter.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match=f"appeared in {stage}"):
+        run(pipe, image, PROMPTS[0])
