@@ -49,6 +49,13 @@ def test_unequal_decoders_meet_by_relative_depth():
     assert [layer.split(".")[3] for layer in synapse.config.image_layers] == ["0", "0", "1", "1", "2", "2"]
     assert len(set(synapse.config.image_layers)) == 3 and synapse.alphas.shape == (6,)
 
+    unet = music_unet(
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+    )
+    every = VisualSynapse.from_unets(picture_unet(), music_unet()).config.image_layers
+    assert VisualSynapse.from_unets(picture_unet(), unet).config.image_layers == [every[1], every[4]]
+
 
 def test_a_decoder_without_attention_is_refused_by_name():
     plain = {"up_block_types": ("UpBlock2D",) * 4, "down_block_types": ("DownBlock2D",) * 4}
