@@ -1,6 +1,6 @@
 """Does training learn, and does the picture matter? Eight triplets, small components of the real classes.
 
-python benchmarks/overfitting.py --output build
+python benchmarks/overfitting.py --train unet --output build
 
 Prints the loss on fixed timesteps and noise before and after, with the pictures shuffled and at alpha = 0, as paired
 differences with 95% intervals, and draws the curves.
@@ -8,7 +8,6 @@ differences with 95% intervals, and draws the curves.
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from untrained import music_unet, untrained_components  # noqa: E402
 
 DRAWS = 32
 # Short clips: what a picture can tell shows where noise hides which clip it is, and in many dimensions it seldom does.
-SAMPLES = 16 * 160
+SAMPLES = 2 * 640
 COPIES = 4
 
 
@@ -72,9 +71,11 @@ def fixed_losses(objective: MelFusionObjective, triplets: dict) -> np.ndarray:
     return np.stack(losses)
 
 
-def train(objective: MelFusionObjective, triplets: dict, steps: int, learning_rate: float) -> list[tuple[int, float]]:
+def train(objective: MelFusionObjective, triplets: dict, steps: int) -> list[tuple[int, float]]:
     """Trains and gives the curve of the loss on fixed draws."""
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=learning_rate, weight_decay=0.0)
+    rates = {"synapse": 1e-2, "unet": 2e-3}
+    groups = [{"params": list(part.parameters()), "lr": rates[name]} for name, part in objective.trained.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     curve = [(0, fixed_losses(objective, triplets).mean())]
     for step in range(steps):
@@ -92,9 +93,8 @@ def report(name: str, losses: np.ndarray, reference: np.ndarray) -> None:
     """Prints the mean of paired differences, resampled by draw."""
     low, high = bootstrap_interval((losses - reference).mean(axis=1))[1:]
     change = 100 * (losses.mean() / reference.mean() - 1)
-    print(
-        f"{name}: {reference.mean():.4f} -> {losses.mean():.4f} ({change:+.1f}%), difference [{low:.4f}, {high:.4f}]"
-    )
+    figures = f"{reference.mean():.5f} -> {losses.mean():.5f} ({change:+.1f}%)"
+    print(f"{name}: {figures}, difference [{low:.2e}, {high:.2e}]", flush=True)
 
 
 def compare(objective: MelFusionObjective, triplets: dict, name: str) -> None:
@@ -110,14 +110,17 @@ def compare(objective: MelFusionObjective, triplets: dict, name: str) -> None:
     print(f"{name}, alphas: {[round(alpha, 3) for alpha in alphas.tolist()]}")
 
 
-def run(name: str, pipe: MelFusionPipeline, trainable: str, triplets: dict, cache: str, **kwargs) -> list:
-    steps, learning_rate = kwargs.pop("steps"), kwargs.pop("learning_rate")
+def run(
+    name: str, pipe: MelFusionPipeline, trainable: str, triplets: dict, args: argparse.Namespace, image_dropout: float
+) -> list[tuple[int, float]]:
+    """Trains one model and reports what it learnt; returns the curve."""
     freeze(pipe, trainable)
-    trajectories = TrajectoryCache(cache, pipe, 10, 32)
-    objective = MelFusionObjective(pipe, trainable, trajectories, text_dropout=0.0, **kwargs).train()
+    trajectories = TrajectoryCache(args.output / "trajectories", pipe, 10, 32)
+    dropout = {"text_dropout": 0.0, "image_dropout": image_dropout}
+    objective = MelFusionObjective(pipe, trainable, trajectories, **dropout).train()
     with objective.attached():
         before = fixed_losses(objective, triplets)
-        curve = train(objective, triplets, steps, learning_rate)
+        curve = train(objective, triplets, args.steps)
         report(f"{name}, training", fixed_losses(objective, triplets), before)
         compare(objective, triplets, name)
     return curve
@@ -125,34 +128,27 @@ def run(name: str, pipe: MelFusionPipeline, trainable: str, triplets: dict, cach
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", choices=("unet", "synapse"), required=True)
     parser.add_argument("--output", type=Path, default=Path("build"))
     parser.add_argument("--steps", type=int, default=1500)
     args = parser.parse_args()
     triplets = make_triplets()
-    with tempfile.TemporaryDirectory() as cache:
-        pipe = make_pipeline(triplets)
-        curves = {
-            "--train unet": run(
-                "unet", pipe, "unet", triplets, cache, steps=args.steps, learning_rate=2e-3, image_dropout=0.1
-            )
-        }
-        pipe = make_pipeline(triplets)
-        curves["text only (all pictures dropped)"] = run(
-            "text only", pipe, "unet", triplets, cache, steps=args.steps, learning_rate=2e-3, image_dropout=1.0
-        )
+    pipe = make_pipeline(triplets)
+    if args.train == "unet":
+        curves = {"--train unet": run("unet", pipe, "unet", triplets, args, image_dropout=0.1)}
+    else:
+        curves = {"music UNet, text only": run("text only", pipe, "unet", triplets, args, image_dropout=1.0)}
         pipe.synapse.reset_parameters()
-        curves["then --train synapse"] = run(
-            "synapse", pipe, "synapse", triplets, cache, steps=args.steps, learning_rate=1e-2, image_dropout=0.0
-        )
+        curves["then --train synapse"] = run("synapse", pipe, "synapse", triplets, args, image_dropout=0.0)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for name, curve in curves.items():
         axes.plot(*zip(*curve), marker=".", label=name)
     axes.set(xlabel="step", ylabel="loss on fixed timesteps and noise", ylim=(0, None))
     axes.legend()
-    args.output.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output / "overfitting.png")
-    print(f"wrote {args.output / 'overfitting.png'}")
+    path = args.output / f"overfitting_{args.train}.png"
+    figure.savefig(path)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""Trains the text-to-image UNet on picture latents and descriptions; inversion later uses it with the empty prompt."""
+
+import torch
+from corpus import load_pictures, read_rows, unique_images
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch.nn import functional as F
+from train_image_vae import encode
+from training_loop import Training, run, stage_parser
+from transformers import CLIPTextModel, CLIPTokenizer
+
+EMPTY_PROMPT_PROBABILITY = 0.1
+
+
+def create_unet(cross_attention_dim: int) -> UNet2DConditionModel:
+    """Returns Stable Diffusion's UNet in three resolutions, so that its decoder has nine attention layers too."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64, 96),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=cross_attention_dim,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+
+
+def create_scheduler(beta_start: float, beta_end: float) -> DDIMScheduler:
+    """Returns the noise schedule of Stable Diffusion and AudioLDM, which differ in the betas only."""
+    return DDIMScheduler(
+        beta_start=beta_start,
+        beta_end=beta_end,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=False,
+    )
+
+
+@torch.no_grad()
+def encode_texts(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Returns the text states `[N, 32, 128]`."""
+    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return torch.cat([encoder(batch)[0] for batch in tokens.split(50)])
+
+
+def noise_loss(unet, scheduler, latents: torch.Tensor, generator: torch.Generator, **conditioning) -> torch.Tensor:
+    """Returns the mean squared error of the predicted noise at random timesteps, for scaled latents `[B, ...]`."""
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    return F.mse_loss(unet(noisy, timesteps, **conditioning).sample, noise)
+
+
+@torch.no_grad()
+def validation_loss(unet, scheduler, latents: torch.Tensor, seed: int, **conditioning) -> float:
+    """Returns the noise loss of all latents with fixed noise."""
+    generator = torch.Generator().manual_seed(seed)
+    return noise_loss(unet, scheduler, latents, generator, **conditioning).item()
+
+
+def main() -> None:
+    args = stage_parser(__doc__, steps=20000, batch_size=16, learning_rate=5e-4).parse_args()
+    torch.manual_seed(args.seed)
+    components = args.output / "components"
+    vae = AutoencoderKL.from_pretrained(components / "image_vae").eval()
+    encoder = CLIPTextModel.from_pretrained(components / "clip").eval()
+    tokenizer = CLIPTokenizer.from_pretrained(components / "clip")
+    rows = {split: unique_images(read_rows(args.data, split)) for split in ("train", "validation")}
+    pictures = {split: load_pictures(args.data, rows[split]) for split in rows}
+    mirrored = torch.cat([pictures["train"], pictures["train"].flip(-1)])
+    latents = encode(vae, mirrored) * vae.config.scaling_factor
+    texts = encode_texts(encoder, tokenizer, ["", *(row["description"] for row in rows["train"])])
+    unet, scheduler = create_unet(texts.shape[-1]), create_scheduler(0.00085, 0.012)
+    training = Training(unet, args.output / "state/image_unet.safetensors", args)
+
+    def take_step(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        batch = torch.randint(len(latents), (args.batch_size,), generator=generator)
+        told = torch.rand(args.batch_size, generator=generator) >= EMPTY_PROMPT_PROBABILITY
+        states = texts[torch.where(told, batch % len(rows["train"]) + 1, 0)]
+        loss = noise_loss(unet, scheduler, latents[batch], generator, encoder_hidden_states=states)
+        training.update(loss)
+        return {"loss": loss}
+
+    done = run(training, take_step)
+    training.use_average()
+    unet.save_pretrained(components / "image_unet")
+    scheduler.save_pretrained(components / "image_scheduler")
+    encoder.save_pretrained(components / "image_text_encoder")
+    tokenizer.save_pretrained(components / "image_tokenizer")
+    unseen = encode(vae, pictures["validation"]) * vae.config.scaling_factor
+    loss = validation_loss(unet, scheduler, unseen, 0, encoder_hidden_states=texts[:1].expand(len(unseen), -1, -1))
+    print(f"{'done' if done else 'stopped'}: validation noise loss with the empty prompt {loss:.4f}")
+
+
+if __name__ == "__main__":
+    main()
