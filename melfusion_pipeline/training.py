@@ -75,8 +75,7 @@ class TrajectoryCache:
     def __init__(
         self, folder: str | os.PathLike, pipe: DiffusionPipeline, num_inversion_steps: int, image_size: int
     ) -> None:
-        self.folder, self.pipe = Path(folder), pipe
-        self.num_inversion_steps, self.image_size = num_inversion_steps, image_size
+        self.folder, self.pipe, self.image_size = Path(folder), pipe, image_size
         self.levels = inversion_grid(pipe.image_scheduler, num_inversion_steps)[:-1]
         self.timesteps = torch.tensor([level.timestep for level in self.levels])
         self.folder.mkdir(parents=True, exist_ok=True)
