@@ -61,6 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--audio_length_in_s", type=float, help="of all clips; default: the checkpoint's own")
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--num_inversion_steps", type=int, default=10)
+    parser.add_argument("--feature_source", choices=("inversion", "reconstruction"), default="inversion")
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--synapse_scale", type=float, default=1.0)
     use = f"for FAD and KAD, one of {list(EMBEDDERS)}; default: --clap_model, without one a fixed log-mel embedding"
@@ -137,7 +138,13 @@ def read_options(arguments: argparse.Namespace, pipe: MelFusionPipeline | None) 
         raise ValueError("Without `--checkpoint`, `--audio_length_in_s` is needed: how much of each clip is scored.")
     call = {"audio_length_in_s": arguments.audio_length_in_s or default_length(pipe)}
     if pipe is not None:
-        for name in ("num_inference_steps", "num_inversion_steps", "guidance_scale", "synapse_scale"):
+        for name in (
+            "num_inference_steps",
+            "num_inversion_steps",
+            "feature_source",
+            "guidance_scale",
+            "synapse_scale",
+        ):
             call[name] = getattr(arguments, name)
     return {"seed": arguments.seed, "call": call}
 

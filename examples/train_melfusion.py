@@ -46,7 +46,7 @@ from melfusion_pipeline.data import (
 )
 from melfusion_pipeline.inversion_melfusion import prepare_image
 from melfusion_pipeline.plotting import plot_mel_spectrogram
-from melfusion_pipeline.training import TRAINABLE, MelFusionObjective, TrajectoryCache, freeze
+from melfusion_pipeline.training import TRAINABLE, MelFusionObjective, MusicLatentCache, TrajectoryCache, freeze
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The validation loss is the mean over this many fixed draws of timestep and noise a row.
@@ -91,6 +91,7 @@ def add_data_arguments(group) -> None:
     group.add_argument("--image_latents", choices=("inversion", "noising"), default="inversion")
     group.add_argument("--num_inversion_steps", type=int, default=10, help="of the cached trajectories")
     group.add_argument("--trajectory_cache", help="folder (default: trajectories in --output_dir)")
+    group.add_argument("--music_latents_cache", help="folder for encoded clips, if none is longer than trained on")
     group.add_argument("--random_image_crops", action="store_true", help="only with --image_latents noising")
     group.add_argument("--dataloader_num_workers", type=int, default=0)
 
@@ -340,6 +341,7 @@ def make_objective(args: argparse.Namespace, pipe: MelFusionPipeline, trajectori
         pipe,
         args.train,
         trajectories,
+        MusicLatentCache(args.music_latents_cache, pipe.vae) if args.music_latents_cache else None,
         snr_gamma=args.snr_gamma,
         text_dropout=args.text_dropout,
         image_dropout=args.image_dropout,

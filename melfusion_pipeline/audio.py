@@ -263,6 +263,20 @@ def waveform_to_latents(
         TypeError: if `waveform` is not a floating-point array or tensor.
         ValueError: if an argument is empty, not finite, out of range or of the wrong shape.
     """
+    mel = waveform_to_mel(waveform, sampling_rate, vae, audio_length_in_s)
+    return encode_mel(mel, vae, sample_mode, generator)
+
+
+def waveform_to_mel(
+    waveform: np.ndarray | torch.Tensor,
+    sampling_rate: int,
+    vae: AutoencoderKL,
+    audio_length_in_s: float | None = None,
+) -> torch.Tensor:
+    """Turns waveforms into the log-mel spectrograms `[B, frames, 64]` that `vae` encodes, on its device.
+
+    The first half of `waveform_to_latents`, with the same arguments and errors.
+    """
     waveform = check_waveform(waveform)
     check_sampling_rate(sampling_rate)
     if waveform.ndim > 3:
@@ -275,7 +289,7 @@ def waveform_to_latents(
     latent_hop = HOP_LENGTH * 2 ** (len(vae.config.block_out_channels) - 1)
     num_samples = math.ceil(num_samples / latent_hop) * latent_hop
     waveform = pad_or_cut(normalize_waveform(waveform[..., :num_samples]), num_samples)
-    return encode_mel(log_mel_spectrogram(waveform), vae, sample_mode, generator)
+    return log_mel_spectrogram(waveform)
 
 
 def pad_or_cut(waveform: torch.Tensor, num_samples: int) -> torch.Tensor:

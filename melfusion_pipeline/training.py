@@ -1,4 +1,4 @@
-"""The training objective of MeLFusion, what it trains, and the cache of the pictures' inversion trajectories."""
+"""The training objective of MeLFusion, what it trains, and caches of what never changes in training."""
 
 import hashlib
 import json
@@ -10,17 +10,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import compute_snr
 from diffusers.utils.logging import tqdm
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .attention_melfusion import KVBlenders, use_attn_processors
-from .audio import SAMPLING_RATE, waveform_to_latents
+from .audio import SAMPLING_RATE, waveform_to_latents, waveform_to_mel
 from .inversion_melfusion import ddim_walk, inversion_grid, record_keys_and_values
 
 # What each choice trains; everything else of the pipeline is frozen.
@@ -84,12 +85,8 @@ class TrajectoryCache:
 
     def _hash_settings(self) -> bytes:
         settings = [self.levels, self.image_size, self.pipe.image_scheduler.config.prediction_type]
-        digest = hashlib.sha256(json.dumps(settings).encode())
-        for model in (self.pipe.image_vae, self.pipe.image_unet, self.pipe.image_text_encoder):
-            for name, tensor in sorted(model.state_dict().items()):
-                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-        return digest.digest()
+        weights = _hash_weights(self.pipe.image_vae, self.pipe.image_unet, self.pipe.image_text_encoder)
+        return hashlib.sha256(json.dumps(settings).encode() + weights).digest()
 
     def path(self, image_path: str) -> Path:
         """Names the file of a picture, whether it exists or not."""
@@ -118,7 +115,7 @@ class TrajectoryCache:
             for start in range(0, len(own), batch_size):
                 chunk = own[start : start + batch_size]
                 for image_path, trajectory in zip(chunk, self._invert(chunk)):
-                    self._write(self.path(image_path), trajectory)
+                    _write_tensor("latents", trajectory, self.path(image_path))
                 bar.update(len(chunk))
 
     def _invert(self, image_paths: Sequence[str]) -> torch.Tensor:
@@ -127,12 +124,6 @@ class TrajectoryCache:
         prediction_type = self.pipe.image_scheduler.config.prediction_type
         walk = ddim_walk(self.pipe.image_unet, latents, prompt_embeds, self.levels, prediction_type)
         return torch.stack([latents, *(reached for _, reached in walk)], dim=1).to(torch.float16).cpu()
-
-    @staticmethod
-    def _write(path: Path, trajectory: torch.Tensor) -> None:
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file({"latents": trajectory.contiguous()}, partial)
-        os.replace(partial, path)
 
     def read(self, image_paths: Sequence[str], timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads each picture's latents nearest to its timestep; what is missing is computed first.
@@ -153,6 +144,63 @@ class TrajectoryCache:
         return torch.stack(latents).float(), self.timesteps[steps]
 
 
+def _hash_weights(*models: nn.Module) -> bytes:
+    digest = hashlib.sha256()
+    for model in models:
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.digest()
+
+
+def _write_tensor(name: str, tensor: torch.Tensor, path: Path) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file({name: tensor.contiguous()}, partial)
+    os.replace(partial, path)
+
+
+class MusicLatentCache:
+    """The music autoencoder's posteriors of clips on disk: each clip is encoded once, by whichever process meets it.
+
+    One safetensors file a clip, named after its samples and the autoencoder's weights: mean and log-variance as the
+    autoencoder gives them, `[2 * channels, frames / 4, bands / 4]`, float16. Of use where clips are not longer than
+    what is trained on; random crops of longer ones are rarely met twice.
+
+    Args:
+        folder: Where the files lie; made if it does not exist.
+        vae: The music autoencoder.
+    """
+
+    def __init__(self, folder: str | os.PathLike, vae: AutoencoderKL) -> None:
+        self.folder, self.vae = Path(folder), vae
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._fingerprint = _hash_weights(vae)
+
+    @torch.no_grad()
+    def encode(self, waveforms: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        """Gives scaled music latents, sampled from the posteriors.
+
+        Args:
+            waveforms: `[B, samples]` at 16 kHz.
+            generators: One a row, of the samples.
+
+        Returns:
+            `[B, channels, frames / 4, bands / 4]`, float32.
+        """
+        posteriors = [self._posterior(waveform) for waveform in waveforms]
+        posterior = DiagonalGaussianDistribution(torch.stack(posteriors).to(waveforms.device, torch.float32))
+        return posterior.sample(generators) * self.vae.config.scaling_factor
+
+    def _posterior(self, waveform: torch.Tensor) -> torch.Tensor:
+        digest = hashlib.sha256(self._fingerprint + waveform.cpu().contiguous().numpy().tobytes()).hexdigest()
+        path = self.folder / f"{digest}.safetensors"
+        if not path.is_file():
+            mel = waveform_to_mel(waveform, SAMPLING_RATE, self.vae)
+            moments = self.vae.encode(mel[:, None].to(self.vae.dtype)).latent_dist.parameters[0]
+            _write_tensor("moments", moments.to(torch.float16).cpu(), path)
+        return load_file(path)["moments"]
+
+
 class MelFusionObjective(nn.Module):
     """The training objective: a batch of triplets goes in, the loss comes out.
 
@@ -164,6 +212,7 @@ class MelFusionObjective(nn.Module):
         pipe: The pipeline, on its device; see `freeze`.
         trainable: `"synapse"` or `"unet"`.
         trajectories: The pictures' inverted latents (faithful). None noises `z_0^I`, as the authors' code does.
+        music_latents: The clips' encodings. None encodes each batch anew.
         snr_gamma: Min-SNR weighting (arXiv 2303.09556, section 3.4). None weighs all timesteps alike.
         text_dropout: The probability with which a row's text is dropped in training.
         image_dropout: The probability with which a row's picture is dropped in training, independently.
@@ -178,6 +227,7 @@ class MelFusionObjective(nn.Module):
         pipe: DiffusionPipeline,
         trainable: str = "synapse",
         trajectories: TrajectoryCache | None = None,
+        music_latents: MusicLatentCache | None = None,
         snr_gamma: float | None = None,
         text_dropout: float = 0.1,
         image_dropout: float = 0.1,
@@ -189,7 +239,8 @@ class MelFusionObjective(nn.Module):
         self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         if self.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"Cannot train for prediction_type={self.scheduler.config.prediction_type!r}.")
-        self.pipe, self.trajectories, self.snr_gamma, self.seed = pipe, trajectories, snr_gamma, seed
+        self.pipe, self.snr_gamma, self.seed = pipe, snr_gamma, seed
+        self.trajectories, self.music_latents = trajectories, music_latents
         self.text_dropout, self.image_dropout = text_dropout, image_dropout
         self.trained = nn.ModuleDict({name: getattr(pipe, name) for name in TRAINABLE[trainable]})
         self.blenders = KVBlenders(pipe.synapse.config.music_layers)
@@ -264,9 +315,12 @@ class MelFusionObjective(nn.Module):
 
     @torch.no_grad()
     def _music_latents(self, waveforms: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
-        latents = waveform_to_latents(
-            waveforms[:, None], SAMPLING_RATE, self.pipe.vae, sample_mode="sample", generator=draw.generators
-        ).float()
+        if self.music_latents is not None:
+            latents = self.music_latents.encode(waveforms, draw.generators)
+        else:
+            latents = waveform_to_latents(
+                waveforms[:, None], SAMPLING_RATE, self.pipe.vae, sample_mode="sample", generator=draw.generators
+            ).float()
         return latents, randn_tensor(latents.shape, draw.generators, latents.device)
 
     @torch.no_grad()

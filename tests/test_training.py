@@ -12,7 +12,7 @@ from untrained import untrained_components
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import waveform_to_latents
 from melfusion_pipeline.inversion_melfusion import record_keys_and_values
-from melfusion_pipeline.training import MelFusionObjective, TrajectoryCache, freeze
+from melfusion_pipeline.training import MelFusionObjective, MusicLatentCache, TrajectoryCache, freeze
 
 STEPS = 3
 
@@ -257,6 +257,37 @@ def test_the_cache_is_keyed_by_content_settings_and_models_and_is_resumable(trai
 
 
 # ---------------------------------------- two processes
+
+
+def test_a_clip_is_encoded_once_and_its_latents_are_those_of_the_front_end(training_pipe, batch, tmp_path):
+    encoded = []
+    training_pipe.vae.encoder.register_forward_hook(lambda *_: encoded.append(1))
+    draw = make_objective(training_pipe).draw(batch["indices"], 0)
+    expected = waveform_to_latents(
+        batch["waveforms"][:, None], 16000, training_pipe.vae, sample_mode="sample", generator=draw.generators
+    )
+    encoded.clear()
+    for _ in range(2):
+        generators = make_objective(training_pipe).draw(batch["indices"], 0).generators
+        cache = MusicLatentCache(tmp_path / "music", training_pipe.vae)
+        latents = cache.encode(batch["waveforms"], generators)
+        torch.testing.assert_close(latents, expected, atol=2e-3, rtol=2e-3)
+    assert len(encoded) == len(batch["waveforms"]) == len(list((tmp_path / "music").iterdir()))
+
+    with torch.no_grad():
+        training_pipe.vae.encoder.conv_in.weight.mul_(1.5)
+    MusicLatentCache(tmp_path / "music", training_pipe.vae).encode(batch["waveforms"], generators)
+    assert len(encoded) == 2 * len(batch["waveforms"]), "other weights need other encodings"
+
+
+def test_the_objective_reads_the_clips_from_their_cache(training_pipe, batch, tmp_path):
+    fresh, cached = make_objective(training_pipe), make_objective(training_pipe)
+    cached.music_latents = MusicLatentCache(tmp_path / "music", training_pipe.vae)
+    with fresh.attached():
+        expected = fresh.per_sample_loss(batch, 3)
+    with cached.attached():
+        torch.testing.assert_close(cached.per_sample_loss(batch, 3), expected, atol=1e-2, rtol=1e-2)
+    assert len(list((tmp_path / "music").iterdir())) == len(batch["waveforms"])
 
 
 def distributed_gradients(rank: int, port: int, folder, queue) -> None:

@@ -1,4 +1,4 @@
-"""What a clip measurably does, from its waveform alone: onset rate, loudness, drum presence, register and mode."""
+"""What a clip measurably does, from its waveform alone: onset rate, loudness, drums, register, mode, and noise."""
 
 import librosa
 import numpy as np
@@ -53,6 +53,30 @@ def major_minor(waveform: np.ndarray, sampling_rate: int) -> float:
     return float(fit["major"] - fit["minor"])
 
 
+def spectral_flatness(waveform: np.ndarray) -> float:
+    """Returns the median over frames of the power spectrum's geometric over its arithmetic mean; noise has 0.56."""
+    return float(np.median(librosa.feature.spectral_flatness(y=waveform)))
+
+
+def harmonic_to_noise(waveform: np.ndarray, sampling_rate: int) -> float:
+    """Returns the median harmonics-to-noise ratio in dB of the frames above -40 dB (Boersma 1993, by FFT)."""
+    length = round(0.064 * sampling_rate)
+    frames = librosa.util.frame(waveform, frame_length=length, hop_length=length // 2).T
+    levels = np.sqrt((frames**2).mean(axis=1))
+    frames = frames[levels > 0.01 * max(levels.max(), 1e-8)]
+    window = np.hanning(length)
+
+    def autocorrelation(signal):
+        power = np.abs(np.fft.rfft(signal, 2 * length)) ** 2
+        return np.fft.irfft(power)[..., :length]
+
+    # Dividing by the window's own autocorrelation makes a periodic sound's first peak 1.
+    correlation = autocorrelation((frames - frames.mean(axis=1, keepdims=True)) * window)
+    correlation = correlation / correlation[:, :1] / (autocorrelation(window) / autocorrelation(window)[0])
+    peaks = correlation[:, sampling_rate // 1500 : sampling_rate // 60].max(axis=1).clip(1e-4, 1 - 1e-4)
+    return float(np.median(10 * np.log10(peaks / (1 - peaks))))
+
+
 def measure_music(waveform: np.ndarray, sampling_rate: int) -> dict[str, float]:
     """Measures a clip.
 
@@ -61,8 +85,8 @@ def measure_music(waveform: np.ndarray, sampling_rate: int) -> dict[str, float]:
         sampling_rate: in Hz.
 
     Returns:
-        `onset_rate` (a second), `loudness` (dB under the peak), `drum_presence`, `register` (MIDI notes) and
-        `major_minor` (above 0: major).
+        `onset_rate` (a second), `loudness` (dB under the peak), `drum_presence`, `register` (MIDI notes),
+        `major_minor` (above 0: major), `spectral_flatness` and `harmonic_to_noise` (dB).
     """
     return {
         "onset_rate": onset_rate(waveform, sampling_rate),
@@ -70,4 +94,6 @@ def measure_music(waveform: np.ndarray, sampling_rate: int) -> dict[str, float]:
         "drum_presence": drum_presence(waveform, sampling_rate),
         "register": register(waveform, sampling_rate),
         "major_minor": major_minor(waveform, sampling_rate),
+        "spectral_flatness": spectral_flatness(waveform),
+        "harmonic_to_noise": harmonic_to_noise(waveform, sampling_rate),
     }

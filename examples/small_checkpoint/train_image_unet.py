@@ -24,9 +24,10 @@ def create_unet(cross_attention_dim: int) -> UNet2DConditionModel:
     )
 
 
-def create_scheduler(beta_start: float, beta_end: float) -> DDIMScheduler:
+def create_scheduler(beta_start: float, beta_end: float, prediction_type: str = "epsilon") -> DDIMScheduler:
     """Returns the noise schedule of Stable Diffusion and AudioLDM, which differ in the betas only."""
     return DDIMScheduler(
+        prediction_type=prediction_type,
         beta_start=beta_start,
         beta_end=beta_end,
         beta_schedule="scaled_linear",
@@ -44,11 +45,13 @@ def encode_texts(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: list[s
 
 
 def noise_loss(unet, scheduler, latents: torch.Tensor, generator: torch.Generator, **conditioning) -> torch.Tensor:
-    """Returns the mean squared error of the predicted noise at random timesteps, for scaled latents `[B, ...]`."""
+    """Returns the mean squared error of what the scheduler predicts at random timesteps, for latents `[B, ...]`."""
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
     noisy = scheduler.add_noise(latents, noise, timesteps)
-    return F.mse_loss(unet(noisy, timesteps, **conditioning).sample, noise)
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+    return F.mse_loss(unet(noisy, timesteps, **conditioning).sample, target)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ def create_unet(text_width: int) -> UNet2DConditionModel:
         in_channels=8,
         out_channels=8,
         block_out_channels=CHANNELS,
+        layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=list(CHANNELS),
@@ -51,14 +52,16 @@ def embed_captions(args, texts: list[str]) -> torch.Tensor:
 
 
 def main() -> None:
-    args = stage_parser(__doc__, steps=40000, batch_size=16, learning_rate=5e-4).parse_args()
+    args = stage_parser(__doc__, steps=10000, batch_size=16, learning_rate=8e-4).parse_args()
     torch.manual_seed(args.seed)
     components = args.output / "components"
     vae = AutoencoderKL.from_pretrained(components / "vae").eval()
     latents, unseen = (load_latents(args, vae, split) for split in ("train", "validation"))
     rows = {split: read_rows(args.data, split) for split in ("train", "validation")}
     texts, unseen_texts = (embed_captions(args, ["", *(row["caption"] for row in rows[split])]) for split in rows)
-    unet, scheduler = create_unet(texts.shape[-1]), create_scheduler(0.0015, 0.0195)
+    # Velocity weighs the high noise levels, where instrument and tempo are decided, more than noise prediction does.
+    scheduler = create_scheduler(0.0015, 0.0195, "v_prediction")
+    unet = create_unet(texts.shape[-1])
     training = Training(unet, args.output / "state/music_unet.safetensors", args)
 
     def take_step(generator: torch.Generator) -> dict[str, torch.Tensor]:
