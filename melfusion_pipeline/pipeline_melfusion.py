@@ -355,7 +355,8 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
             without guidance.
         """
         device = device or self._execution_device
-        dtype = self.text_encoder.dtype if self.text_encoder is not None else self.unet.dtype
+        # Transformers loads a half-precision checkpoint as it is stored, diffusers in float32.
+        dtype = (self.text_encoder if self.unet is None else self.unet).dtype
         if prompt_embeds is None:
             prompts = [prompt] if isinstance(prompt, str) else prompt
             prompt_embeds = self._embed_texts(prompts, self.tokenizer.model_max_length, device)
@@ -500,14 +501,14 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Decodes music latents `[batch, channels, time, frequency]` to log-mel `[batch, 1, frames, bands]`."""
-        return self.vae.decode(1 / self.vae.config.scaling_factor * latents).sample
+        return self.vae.decode((1 / self.vae.config.scaling_factor * latents).to(self.vae.dtype)).sample
 
     @torch.no_grad()
     def mel_spectrogram_to_waveform(self, mel_spectrogram: torch.Tensor) -> torch.Tensor:
         """Turns log-mel `[batch, 1, frames, bands]` into waveforms `[batch, samples]`, float32, on the CPU."""
         if mel_spectrogram.ndim == 4:
             mel_spectrogram = mel_spectrogram.squeeze(1)
-        return self.vocoder(mel_spectrogram).cpu().float()
+        return self.vocoder(mel_spectrogram.to(self.vocoder.dtype)).cpu().float()
 
     def fit_image_features(
         self, image_features: ImageFeatures, latents: torch.Tensor, synapse_scale: float | list[float] = 1.0

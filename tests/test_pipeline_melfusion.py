@@ -294,6 +294,19 @@ def test_half_precision_runs_close_to_full(components, image, dtype):
     assert audio.dtype == np.float32 and np.isfinite(audio).all()
 
 
+@pytest.mark.parametrize(
+    "half", ["text_encoder", "image_text_encoder", "vocoder", "vae", "image_vae", "unet", "image_unet"]
+)
+def test_components_may_differ_in_dtype(components, image, half):
+    pipe = MelFusionPipeline(**components)
+    pipe.set_progress_bar_config(disable=True)
+    expected = run(pipe, image, PROMPTS[0], output_type="latent")
+    getattr(pipe, half).to(torch.float16)
+    latents = run(pipe, image, PROMPTS[0], output_type="latent")
+    assert (latents.float() - expected).abs().max() < 0.1 * expected.abs().max()
+    assert np.isfinite(run(pipe, image, PROMPTS[0])).all()
+
+
 def test_model_and_group_offload_give_the_same_result(pipe, image):
     expected = run(pipe, image, PROMPTS[0])
     pipe.enable_model_cpu_offload(device="cpu")
