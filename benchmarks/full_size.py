@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Container
 from pathlib import Path
 
 import diffusers
@@ -30,18 +31,31 @@ def build(description: dict) -> torch.nn.Module:
     return model_class(model_class.config_class(**config))
 
 
-def build_components(image_model: str = STABLE_DIFFUSION, music_model: str = AUDIOLDM) -> dict:
-    """Builds all components of a full-size pipeline in the default dtype, on the default device, in eval mode.
+def build_components(
+    image_model: str = STABLE_DIFFUSION, music_model: str = AUDIOLDM, only: Container[str] | None = None
+) -> dict:
+    """Builds the components of a full-size pipeline in the default dtype, on the default device, in eval mode.
+
+    With `only`, no others are built; the synapse, fitted to both UNets, is built of their shapes alone.
 
     The tokenizers are the small ones of `examples/untrained.py`: their vocabularies do not change the cost.
     """
     image, music = BASE_MODELS["text_to_image"][image_model], BASE_MODELS["text_to_music"][music_model]
-    components = {name: build(music[name]) for name in ("vae", "text_encoder", "unet", "vocoder", "scheduler")}
-    components |= {f"image_{name}": build(image[name]) for name in ("vae", "text_encoder", "unet", "scheduler")}
+    descriptions = {name: music[name] for name in ("vae", "text_encoder", "unet", "vocoder", "scheduler")}
+    descriptions |= {f"image_{name}": image[name] for name in ("vae", "text_encoder", "unet", "scheduler")}
+    wanted = [name for name in descriptions if only is None or name in only]
+    components = {name: build(descriptions[name]) for name in wanted}
     with torch.device("cpu"):
-        components["tokenizer"] = music_components(mel_bands=8)["tokenizer"]
-        components["image_tokenizer"] = picture_components()["image_tokenizer"]
-    components["synapse"] = VisualSynapse.from_unets(components["image_unet"], components["unet"])
+        tokenizers = {
+            "tokenizer": music_components(mel_bands=8)["tokenizer"],
+            "image_tokenizer": picture_components()["image_tokenizer"],
+        }
+    components |= {name: tokenizer for name, tokenizer in tokenizers.items() if only is None or name in only}
+    if only is None or "synapse" in only:
+        with torch.device("meta"):
+            unets = [build(descriptions[name]) for name in ("image_unet", "unet")]
+            config = VisualSynapse.from_unets(*unets).config
+        components["synapse"] = VisualSynapse.from_config(config)
     for component in components.values():
         if isinstance(component, torch.nn.Module):
             component.eval()

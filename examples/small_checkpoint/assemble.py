@@ -33,7 +33,8 @@ CLASSES = {
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("build/small"), help="has components/, gets pipeline/")
-    parser.add_argument("--seed", type=int, default=0, help="of the projections; the alphas start at zero")
+    parser.add_argument("--alpha", type=float, default=0.3, help="of every layer; above 0 all learn at once")
+    parser.add_argument("--seed", type=int, default=0, help="of the projections")
     return parser.parse_args()
 
 
@@ -43,6 +44,7 @@ def main() -> None:
     folder = args.output / "components"
     components = {name: kind.from_pretrained(folder / name) for name, kind in CLASSES.items()}
     components["synapse"] = VisualSynapse.from_unets(components["image_unet"], components["unet"])
+    torch.nn.init.constant_(components["synapse"].alphas, args.alpha)
     MelFusionPipeline(**components).save_pretrained(args.output / "pipeline")
 
 

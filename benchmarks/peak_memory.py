@@ -1,0 +1,89 @@
+"""Measures peak resident memory at full size (random weights): each stage alone, both apart in one process, together.
+
+python benchmarks/peak_memory.py
+
+Apart means: load the picture's side, encode, save the features, free it, load the music side, load the features, call.
+"""
+
+import argparse
+import gc
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import PIL.Image
+from full_size import build_components
+
+from melfusion_pipeline import MelFusionPipeline
+from melfusion_pipeline.inversion_melfusion import ImageFeatures
+
+WAYS = ("picture alone", "music alone", "apart", "together")
+IMAGE_SIDE = ("image_vae", "image_text_encoder", "image_tokenizer", "image_unet", "image_scheduler", "synapse")
+MUSIC_SIDE = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "vocoder", "synapse")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image_size", type=int, default=512)
+    parser.add_argument("--audio_length_in_s", type=float, default=10.24)
+    parser.add_argument("--num_inversion_steps", type=int, default=10)
+    parser.add_argument("--way", choices=WAYS, help="measure this one in this process (used by the script itself)")
+    parser.add_argument("--features", type=Path, help="file of the features (used by the script itself)")
+    return parser.parse_args()
+
+
+def build_pipeline(names: tuple[str, ...]) -> MelFusionPipeline:
+    """Builds a pipeline with these components and none of the others."""
+    components = build_components(only=names)
+    return MelFusionPipeline(**dict.fromkeys((*IMAGE_SIDE, *MUSIC_SIDE)) | components)
+
+
+def encode(pipe: MelFusionPipeline, args: argparse.Namespace) -> ImageFeatures:
+    image = PIL.Image.effect_mandelbrot((512, 512), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    return pipe.encode_image(image, image_size=args.image_size, num_inversion_steps=args.num_inversion_steps)
+
+
+def make_music(pipe: MelFusionPipeline, features: ImageFeatures, args: argparse.Namespace) -> None:
+    pipe(
+        prompt="a calm piano",
+        image_features=features,
+        audio_length_in_s=args.audio_length_in_s,
+        num_inference_steps=1,
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.way == "together":
+        pipe = build_pipeline((*IMAGE_SIDE, *MUSIC_SIDE))
+        make_music(pipe, encode(pipe, args), args)
+    if args.way in ("picture alone", "apart"):
+        pipe = build_pipeline(IMAGE_SIDE)
+        encode(pipe, args).save(args.features)
+        del pipe
+        gc.collect()
+    if args.way in ("music alone", "apart"):
+        make_music(build_pipeline(MUSIC_SIDE), ImageFeatures.load(args.features), args)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.way:
+        run(args)
+        return
+    peaks = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for way in WAYS:
+            command = [sys.executable, *sys.argv, "--way", way, "--features", f"{folder}/features.safetensors"]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            peaks[way] = float(output.split()[-1])
+            print(f"{way}: {peaks[way]:.2f} GiB", flush=True)
+    larger = max(peaks["picture alone"], peaks["music alone"])
+    ratios = {way: peaks[way] / larger for way in ("apart", "together")}
+    print("of the larger stage alone: " + ", ".join(f"{way} {ratio:.3f}" for way, ratio in ratios.items()))
+
+
+if __name__ == "__main__":
+    main()
