@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tinysoundfont
 from scipy.signal import resample_poly
 
 SAMPLING_RATE = 16000
@@ -175,7 +174,14 @@ def render(notes: list[Note], instrument: str, sound_font: Path) -> np.ndarray:
 
     Returns:
         The waveform `[81920]` in float32 at 16 kHz, peak at most 1.
+
+    Raises:
+        ImportError: if tinysoundfont is not installed.
     """
+    try:
+        import tinysoundfont
+    except ImportError as error:
+        raise ImportError("Rendering needs tinysoundfont: pip install --no-deps tinysoundfont") from error
     synth = tinysoundfont.Synth(gain=-9, samplerate=RENDERING_RATE)
     font = synth.sfload(str(sound_font))
     synth.program_select(0, font, 0, INSTRUMENTS[instrument])

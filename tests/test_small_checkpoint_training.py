@@ -1,0 +1,191 @@
+"""The rule, the music, the measurements and the loop from which the small checkpoint is made."""
+
+from argparse import Namespace
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import photograph
+from measure_music import harmonic_to_noise, major_minor, measure_music, onset_rate, register, spectral_flatness
+from mood import AROUSAL, VALENCE, MoodRule, measure_picture, mood_bin
+from music import DRUM_CHANNEL, DURATION, GENRES, INSTRUMENTS, SAMPLING_RATE, compose, tempo_of
+from train_clip import create_clip, create_processor
+from train_image_unet import create_scheduler, noise_loss
+from train_image_unet import create_unet as create_image_unet
+from train_image_vae import create_vae as create_image_vae
+from train_mel_vae import create_vae
+from train_music_unet import create_unet
+from train_vocoder import create_vocoder
+from training_loop import Training, run
+from transformers import CLIPTextModel
+from untrained import untrained_components
+
+from melfusion_pipeline import MelFusionPipeline, VisualSynapse
+
+TIME = np.arange(int(DURATION * SAMPLING_RATE)) / SAMPLING_RATE
+
+
+def tones(*keys: int) -> np.ndarray:
+    return sum(np.sin(2 * np.pi * 440 * 2 ** ((key - 69) / 12) * TIME) for key in keys).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------- the mood rule
+
+
+def solid(red: int, green: int, blue: int) -> PIL.Image.Image:
+    return PIL.Image.new("RGB", (80, 60), (red, green, blue))
+
+
+def test_what_the_rule_looks_at_is_what_it_says():
+    dark, bright = measure_picture(solid(20, 20, 20)), measure_picture(solid(230, 230, 230))
+    assert dark["brightness"] == pytest.approx(20 / 255) and bright["brightness"] == pytest.approx(230 / 255)
+    assert [dark[name] for name in AROUSAL] == pytest.approx([0, 0, 0], abs=1e-9)
+    assert measure_picture(solid(200, 100, 50))["warmth"] == pytest.approx(150 / 255)
+    assert measure_picture(solid(200, 100, 50))["saturation"] == pytest.approx(150 / 255)
+    checks = PIL.Image.fromarray(np.uint8(255 * (np.indices((64, 64)).sum(axis=0) // 8 % 2))).convert("RGB")
+    assert measure_picture(checks)["contrast"] == pytest.approx(0.5, abs=0.02)
+    assert measure_picture(checks)["edge_density"] > 0.1
+
+
+def test_arousal_and_valence_are_ranks_and_survive_saving(tmp_path):
+    generator = np.random.default_rng(0)
+    measured = [dict(zip(AROUSAL + VALENCE, generator.random(5), strict=True)) for _ in range(400)]
+    rule = MoodRule.fit(measured)
+    rule.save(tmp_path / "mood.json")
+    loaded = MoodRule.load(tmp_path / "mood.json")
+    image = photograph()
+    assert loaded(image) == rule(image)
+    assert all(0 <= value <= 1 for value in rule(image))
+    assert rule(solid(250, 245, 230))[1] > rule(solid(5, 5, 30))[1]
+    assert [mood_bin(arousal, 0.5)[0] for arousal in (0.0, 0.32, 0.34, 0.67, 1.0)] == [0, 0, 1, 2, 2]
+
+
+# -------------------------------------------------------------------------------------------------------- the music
+
+
+def pieces(arousal: float, valence: float) -> list[list]:
+    return [
+        compose(instrument, genre, arousal, valence, np.random.default_rng(seed))
+        for seed, (instrument, genre) in enumerate((i, g) for i in INSTRUMENTS for g in GENRES)
+    ]
+
+
+def test_arousal_decides_tempo_density_drums_and_velocity():
+    calm, stirred = pieces(0.1, 0.5), pieces(0.9, 0.5)
+    assert tempo_of(0) == 60 and tempo_of(1) == 160
+    assert min(map(len, stirred)) > max(map(len, calm))
+    assert not any(note.channel == DRUM_CHANNEL for piece in calm for note in piece)
+    assert all(any(note.channel == DRUM_CHANNEL for note in piece) for piece in stirred)
+    velocities = [np.mean([note.velocity for piece in some for note in piece]) for some in (calm, stirred)]
+    assert velocities[1] > velocities[0] + 20
+
+
+def test_valence_decides_mode_and_register():
+    def mean_key(valence):
+        return np.mean([note.key for piece in pieces(0.1, valence) for note in piece])
+
+    assert mean_key(1.0) - mean_key(0.0) == pytest.approx(36, abs=4)
+    for valence, third in ((0.9, 4), (0.1, 3)):
+        keys = [note.key % 12 for note in compose("piano", "waltz", 0.1, valence, np.random.default_rng(3))]
+        # Every progression starts with the tonic triad, whose bass comes first.
+        tonic = min(compose("piano", "waltz", 0.1, valence, np.random.default_rng(3)), key=lambda n: (n.start, n.key))
+        assert (tonic.key + third) % 12 in keys and (tonic.key + 7 - third) % 12 not in keys
+
+
+def test_the_same_seed_composes_the_same_piece_and_nothing_starts_after_the_end():
+    first, again = (compose("flute", "blues", 0.6, 0.4, np.random.default_rng(7)) for _ in range(2))
+    assert first == again != compose("flute", "blues", 0.6, 0.4, np.random.default_rng(8))
+    assert all(0 <= note.start < DURATION and note.start < note.end for note in first)
+
+
+# --------------------------------------------------------------------------------------------------- what is measured
+
+
+def test_measurements_of_known_signals():
+    clicks = np.zeros_like(TIME, dtype=np.float32)
+    for start in np.arange(0.25, 5.0, 0.5):
+        index = int(start * SAMPLING_RATE)
+        decay = np.exp(-40 * TIME[: len(TIME) - index])
+        clicks[index:] += (decay * np.sin(2 * np.pi * 880 * TIME[: len(decay)])).astype(np.float32)
+    assert onset_rate(clicks, SAMPLING_RATE) == pytest.approx(2.0, abs=0.25)
+    assert register(tones(60), SAMPLING_RATE) == pytest.approx(60, abs=1)
+    assert register(tones(84), SAMPLING_RATE) == pytest.approx(84, abs=1)
+    assert major_minor(tones(60, 64, 67, 72), SAMPLING_RATE) > 0.02
+    assert major_minor(tones(57, 60, 64, 69), SAMPLING_RATE) < -0.02
+
+
+def test_noise_and_tones_are_told_apart():
+    noise = np.random.default_rng(0).standard_normal(len(TIME)).astype(np.float32)
+    assert spectral_flatness(noise) == pytest.approx(0.56, abs=0.03) and spectral_flatness(tones(69)) < 1e-3
+    assert harmonic_to_noise(noise, SAMPLING_RATE) < 3 < 20 < harmonic_to_noise(tones(69), SAMPLING_RATE)
+    # A tone in noise of a tenth of its power has a ratio of 10 dB.
+    mixed = tones(69) + noise * np.sqrt(0.05)
+    assert harmonic_to_noise(mixed.astype(np.float32), SAMPLING_RATE) == pytest.approx(10, abs=2)
+    assert set(measure_music(tones(60), SAMPLING_RATE)) >= {"onset_rate", "drum_presence", "loudness"}
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def loop(path, steps: int, until: int) -> Training:
+    torch.manual_seed(0)
+    args = Namespace(learning_rate=1e-2, steps=steps, minutes=float("inf"), seed=0)
+    training = Training(torch.nn.Linear(3, 2), path, args)
+
+    def take_step(generator):
+        if training.step == until:
+            raise KeyboardInterrupt
+        loss = training.module(torch.randn(8, 3, generator=generator)).square().mean()
+        training.update(loss)
+        return {"loss": loss}
+
+    try:
+        assert run(training, take_step)
+    except KeyboardInterrupt:
+        training.save()
+    return training
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
+    whole = loop(tmp_path / "whole.safetensors", 60, until=-1)
+    loop(tmp_path / "parts.safetensors", 60, until=23)
+    parts = loop(tmp_path / "parts.safetensors", 60, until=-1)
+    assert whole.step == parts.step == 60
+    for name, parameter in whole.parameters.items():
+        assert torch.equal(parameter, parts.parameters[name])
+        assert torch.equal(whole.average[name], parts.average[name])
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_loss_is_zero_for_the_right_prediction(prediction_type):
+    scheduler = create_scheduler(0.0015, 0.0195, prediction_type)
+    latents = torch.randn(4, 8, 64, 8)
+
+    class Oracle(torch.nn.Module):
+        def forward(self, noisy, timesteps):
+            alpha = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+            noise = (noisy - alpha.sqrt() * latents) / (1 - alpha).sqrt()
+            velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+            return Namespace(sample=velocity if prediction_type == "v_prediction" else noise)
+
+    assert noise_loss(Oracle(), scheduler, latents, torch.Generator().manual_seed(0)) < 1e-4
+
+
+def test_the_small_models_fit_together():
+    torch.manual_seed(0)
+    components = untrained_components(mel_bands=64)
+    processor = create_processor(["a photograph of the sky", "slow dark music"])
+    clip = create_clip(processor.tokenizer)
+    components["image_tokenizer"] = processor.tokenizer
+    components["image_text_encoder"] = CLIPTextModel(clip.config.text_config).eval()
+    components |= {"vae": create_vae(), "image_vae": create_image_vae(), "vocoder": create_vocoder()}
+    components |= {"image_unet": create_image_unet(128), "unet": create_unet(32)}
+    components["scheduler"] = create_scheduler(0.0015, 0.0195, "v_prediction")
+    components["synapse"] = VisualSynapse.from_unets(components["image_unet"], components["unet"])
+    pipe = MelFusionPipeline(**components)
+    pipe.set_progress_bar_config(disable=True)
+    audio = pipe(photograph(), "a waltz", num_inference_steps=2, num_inversion_steps=2).audios
+    assert audio.shape == (1, int(DURATION * SAMPLING_RATE)) and np.isfinite(audio).all()
+    assert sum(model.num_parameters() for model in (components["unet"], components["image_unet"])) < 12e6
