@@ -63,6 +63,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_inversion_steps", type=int, default=10)
     parser.add_argument("--feature_source", choices=("inversion", "reconstruction"), default="inversion")
     parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("--image_guidance_scale", type=float, help="guide with the picture too, as the pipeline does")
     parser.add_argument("--synapse_scale", type=float, default=1.0)
     use = f"for FAD and KAD, one of {list(EMBEDDERS)}; default: --clap_model, without one a fixed log-mel embedding"
     parser.add_argument("--fad_extractor", type=name_and_path, metavar="NAME=MODEL", help=use)
@@ -143,6 +144,7 @@ def read_options(arguments: argparse.Namespace, pipe: MelFusionPipeline | None) 
             "num_inversion_steps",
             "feature_source",
             "guidance_scale",
+            "image_guidance_scale",
             "synapse_scale",
         ):
             call[name] = getattr(arguments, name)

@@ -155,10 +155,11 @@ def make_clip(
     image, prompt = open_image(row["other_image" if system == "shuffled" else "image"]), row["caption"]
     if system == "caption":
         prompt = f"{prompt.rstrip(' .')}. {captioner(image)}"
+    call = dict(options["call"])
     if system in ("text-only", "caption"):
-        image = None
+        image = call["image_guidance_scale"] = None
     generator = row_generator(options["seed"], row["row"])
-    return pipe(image, prompt, generator=generator, output_type="pt", **options["call"]).audios[0]
+    return pipe(image, prompt, generator=generator, output_type="pt", **call).audios[0]
 
 
 @torch.no_grad()

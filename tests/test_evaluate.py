@@ -15,7 +15,7 @@ import soundfile
 import torch
 from conftest import generator, photograph
 from evaluate_scores import COLUMNS, mismatched_mean
-from evaluate_systems import ImageCaptioner, digest_components, shuffle_pictures
+from evaluate_systems import ImageCaptioner, digest_components, make_clip, shuffle_pictures
 from extractor_checkpoints import save_ast, save_blip, save_clap, save_clip
 from untrained import untrained_components
 
@@ -380,3 +380,16 @@ def test_a_picture_of_most_rows_cannot_be_shuffled():
 def test_rows_of_one_picture_are_no_mismatch():
     similarity = np.array([[9.0, 9, 1], [9, 9, 2], [3, 4, 9]])
     assert mismatched_mean(similarity, np.array([0, 0, 1]), np.arange(3)) == 2.5
+
+
+def test_the_picture_guides_only_where_there_is_one(pipe, tmp_path):
+    photograph().save(tmp_path / "picture.png")
+    row = {"row": 0, "image": str(tmp_path / "picture.png"), "caption": "a waltz"}
+    call = {"num_inference_steps": 2, "num_inversion_steps": 2, "audio_length_in_s": 0.32}
+
+    def clip(system, scale):
+        options = {"seed": 0, "call": call | {"image_guidance_scale": scale}}
+        return make_clip(pipe, system, row, None, options)
+
+    assert torch.equal(clip("text-only", 5.0), clip("text-only", None))
+    assert not torch.equal(clip("melfusion", 5.0), clip("melfusion", None))
