@@ -46,7 +46,7 @@ def generate(pipe: MelFusionPipeline, features, prompt: str, arguments: argparse
         generator=torch.Generator().manual_seed(arguments.seed),
         output_type="mel",
     ).audios
-    return mel_spectrogram[0].float().cpu(), pipe.mel_spectrogram_to_waveform(mel_spectrogram)[0].float().cpu().numpy()
+    return mel_spectrogram[0].float().cpu(), pipe.mel_spectrogram_to_waveform(mel_spectrogram)[0].numpy()
 
 
 def measure(waveform: np.ndarray, sampling_rate: int) -> dict[str, float]:

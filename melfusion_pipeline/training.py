@@ -187,12 +187,12 @@ class MusicLatentCache:
         Returns:
             `[B, channels, frames / 4, bands / 4]`, float32.
         """
-        posteriors = [self._posterior(waveform) for waveform in waveforms]
-        posterior = DiagonalGaussianDistribution(torch.stack(posteriors).to(waveforms.device, torch.float32))
+        posteriors = [self._posterior(waveform) for waveform in waveforms.cpu()]
+        posterior = DiagonalGaussianDistribution(torch.stack(posteriors).to(self.vae.device, torch.float32))
         return posterior.sample(generators) * self.vae.config.scaling_factor
 
     def _posterior(self, waveform: torch.Tensor) -> torch.Tensor:
-        digest = hashlib.sha256(self._fingerprint + waveform.cpu().contiguous().numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(self._fingerprint + waveform.numpy().tobytes()).hexdigest()
         path = self.folder / f"{digest}.safetensors"
         if not path.is_file():
             mel = waveform_to_mel(waveform, SAMPLING_RATE, self.vae)

@@ -256,9 +256,6 @@ def test_the_cache_is_keyed_by_content_settings_and_models_and_is_resumable(trai
     assert TrajectoryCache(tmp_path / "cache", pipe, STEPS, 32).missing(paths) == paths
 
 
-# ---------------------------------------- two processes
-
-
 def test_a_clip_is_encoded_once_and_its_latents_are_those_of_the_front_end(training_pipe, batch, tmp_path):
     encoded = []
     training_pipe.vae.encoder.register_forward_hook(lambda *_: encoded.append(1))
@@ -288,6 +285,9 @@ def test_the_objective_reads_the_clips_from_their_cache(training_pipe, batch, tm
     with cached.attached():
         torch.testing.assert_close(cached.per_sample_loss(batch, 3), expected, atol=1e-2, rtol=1e-2)
     assert len(list((tmp_path / "music").iterdir())) == len(batch["waveforms"])
+
+
+# ---------------------------------------- two processes
 
 
 def distributed_gradients(rank: int, port: int, folder, queue) -> None:

@@ -15,7 +15,7 @@ LIMIT = 60 * 2**20
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder that train_melfusion.py wrote")
-    parser.add_argument("--card", type=Path, default=Path(__file__).parent / "model_card.md", help="becomes README.md")
+    parser.add_argument("--card", type=Path, required=True, help="the model card, which becomes README.md")
     parser.add_argument("--output", type=Path, default=ROOT / "checkpoints" / "small")
     return parser.parse_args()
 

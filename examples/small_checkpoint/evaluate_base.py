@@ -3,16 +3,12 @@
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 from corpus import load_waveform, read_rows
 from diffusers import AutoencoderKL
-from measure_music import measure_music
-from music import SAMPLING_RATE
-from scipy.stats import spearmanr
+from judge import format_judgement, judge
 from torch.nn import functional as F
-from train_classifier import accuracy, labels_of
-from transformers import ASTFeatureExtractor, ASTForAudioClassification, SpeechT5HifiGan
+from transformers import SpeechT5HifiGan
 
 from melfusion_pipeline.audio import log_mel_spectrogram
 
@@ -39,39 +35,17 @@ def reconstructions(args: argparse.Namespace, waveforms: torch.Tensor) -> dict[s
     }
 
 
-def judge(args: argparse.Namespace, waveforms: torch.Tensor, rows: list[dict]) -> tuple[float, float]:
-    """Returns how often the classifier tells instrument and mood bin right."""
-    folder = args.output / "components/classifier"
-    classifier = ASTForAudioClassification.from_pretrained(folder).eval()
-    extractor = ASTFeatureExtractor.from_pretrained(folder)
-    inputs = extractor(list(waveforms.numpy()), sampling_rate=SAMPLING_RATE, return_tensors="pt")
-    return accuracy(classifier, inputs.input_values, labels_of(rows))
-
-
-def describe(waveforms: torch.Tensor, rows: list[dict]) -> str:
-    """Returns the correlations of what is measured in the music with the pictures' arousal and valence."""
-    measured = [measure_music(waveform.numpy(), SAMPLING_RATE) for waveform in waveforms]
-    mood_of = {"onset_rate": "arousal", "drum_presence": "arousal", "register": "valence"}
-    found = [
-        f"{name}~{mood} {spearmanr([row[name] for row in measured], [row[mood] for row in rows]).statistic:+.3f}"
-        for name, mood in mood_of.items()
-    ]
-    major = np.array([row["major_minor"] > 0 for row in measured])
-    agreement = np.mean(major == np.array([row["valence"] > 0.5 for row in rows]))
-    return "  ".join([*found, f"mode agreement {agreement:.3f}"])
-
-
 def main() -> None:
     args = parse_args()
     rows = read_rows(args.data, "test")[: args.clips]
     waveforms = torch.stack([load_waveform(args.data, row) for row in rows])
     print(f"{len(rows)} test clips of {len({row['picture'] for row in rows})} pictures")
     mels = log_mel_spectrogram(waveforms)
+    found = {}
     for name, clips in reconstructions(args, waveforms).items():
-        error = F.l1_loss(log_mel_spectrogram(clips), mels)
-        instrument, mood = judge(args, clips, rows)
-        print(f"{name}: log-mel L1 {error:.3f}  instrument {instrument:.3f}  mood bin {mood:.3f}", flush=True)
-        print(f"  {describe(clips, rows)}", flush=True)
+        found[name] = judge(args.output / "components/classifier", clips, rows)
+        print(f"{name}: log-mel L1 {F.l1_loss(log_mel_spectrogram(clips), mels):.3f}")
+        print(format_judgement(found[name], found["real"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,28 +8,17 @@ classifier that was trained on real clips only. Intervals are resampled by pictu
 import argparse
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from contrastive import mood_texts
 from corpus import load_waveform
-from measure_music import measure_music
-from music import SAMPLING_RATE
-from scipy.stats import spearmanr
-from train_classifier import MOODS, labels_of, marginals
-from transformers import ASTFeatureExtractor, ASTForAudioClassification
-
-from melfusion_pipeline.metrics import bootstrap_interval
+from judge import FOLLOWS, format_judgement, judge
 
 sys.path.append(str(Path(__file__).parents[1]))
 import evaluate  # noqa: E402
 
 SYSTEMS = ("melfusion", "text-only", "shuffled", "reference")
-# What is measured, and the side of the mood that the rule lets decide it.
-FOLLOWS = {"onset_rate": "arousal", "drum_presence": "arousal", "register": "valence", "major_minor": "valence"}
-NOISE = ("spectral_flatness", "harmonic_to_noise")
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,43 +57,6 @@ def make_table(args: argparse.Namespace, triplets: Path) -> None:
     evaluate.main([*(f"--{name}={value}" for name, value in named.items()), "--systems", *args.systems])
 
 
-@torch.no_grad()
-def classify(args: argparse.Namespace, waveforms: torch.Tensor, rows: list[dict]) -> dict[str, np.ndarray]:
-    """Returns, clip by clip, whether the classifier hears the caption's instrument and the picture's mood bin."""
-    classifier = ASTForAudioClassification.from_pretrained(args.components / "classifier").eval()
-    extractor = ASTFeatureExtractor.from_pretrained(args.components / "classifier")
-    inputs = extractor(list(waveforms.numpy()), sampling_rate=SAMPLING_RATE, return_tensors="pt").input_values
-    logits = torch.cat([classifier(batch).logits for batch in inputs.split(32)])
-    labels = labels_of(rows)
-    heard = {"instrument": (marginals(logits)[0], labels // MOODS), "mood": (marginals(logits)[1], labels % MOODS)}
-    return {name: (scores.argmax(dim=1) == truth).float().numpy() for name, (scores, truth) in heard.items()}
-
-
-def rank_correlation(pairs: np.ndarray) -> float:
-    return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
-
-
-def judge(args: argparse.Namespace, waveforms: torch.Tensor, rows: list[dict], tests: int = 1) -> dict[str, list]:
-    """Returns estimate and interval of everything measured in clips `[N, T]`.
-
-    Args:
-        args: `components`.
-        waveforms: one clip a row.
-        rows: of the triplets; `arousal` and `valence` are those of the row's own picture in every system.
-        tests: for the correlations, the number among which each is one.
-    """
-    interval = partial(bootstrap_interval, groups=[row["picture"] for row in rows])
-    measured = [measure_music(waveform.numpy(), SAMPLING_RATE) for waveform in waveforms]
-    found = {name: interval(right) for name, right in classify(args, waveforms, rows).items()}
-    for name, mood in FOLLOWS.items():
-        pairs = np.array([(clip[name], row[mood]) for clip, row in zip(measured, rows, strict=True)])
-        found[f"{name} ~ {mood}"] = interval(pairs, rank_correlation, confidence=1 - 0.05 / tests)
-    agreement = [(clip["major_minor"] > 0) == (row["valence"] > 0.5) for clip, row in zip(measured, rows, strict=True)]
-    found["mode agreement"] = interval(np.array(agreement, float))
-    found |= {name: interval(np.array([clip[name] for clip in measured])) for name in NOISE}
-    return {name: [float(value) for value in values] for name, values in found.items()}
-
-
 def main() -> None:
     args = parse_args()
     triplets, rows = write_subset(args)
@@ -115,12 +67,10 @@ def main() -> None:
     for system in ("real", *args.systems):
         paths = [row["audio"] if system == "real" else f"{index}.flac" for index, row in enumerate(rows)]
         folder = args.data if system == "real" else args.output / system
-        waveforms = torch.stack([load_waveform(folder, {"audio": path})[:81920] for path in paths])
-        results[system] = judge(args, waveforms, rows, tests if system in ("text-only", "shuffled") else 1)
-        print(system)
-        for name, (estimate, low, high) in results[system].items():
-            share = f"  {estimate / results['real'][name][0]:.0%} of real" if "~" in name else ""
-            print(f"  {name:26s} {estimate:7.3f} [{low:.3f}, {high:.3f}]{share}", flush=True)
+        waveforms = torch.stack([load_waveform(folder, {"audio": path}) for path in paths])
+        own_tests = tests if system in ("text-only", "shuffled") else 1
+        results[system] = judge(args.components / "classifier", waveforms, rows, own_tests)
+        print(f"{system}\n{format_judgement(results[system], results['real'])}", flush=True)
     (args.output / "measured.json").write_text(json.dumps(results, indent=2))
 
 

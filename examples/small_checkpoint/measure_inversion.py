@@ -59,7 +59,7 @@ def compare_features(pipe: MelFusionPipeline, images: list[Image.Image]) -> dict
 
 def main() -> None:
     args = parse_args()
-    pipe = MelFusionPipeline.from_pretrained(args.checkpoint).to(torch.float32)
+    pipe = MelFusionPipeline.from_pretrained(args.checkpoint)
     pipe.set_progress_bar_config(disable=True)
     rows = unique_images(read_rows(args.data, "test"))
     rows = list({row["picture"]: row for row in rows}.values())[: args.pictures]

@@ -52,14 +52,13 @@ def marginals(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def accuracy(
+def heard_right(
     classifier: ASTForAudioClassification, features: torch.Tensor, labels: torch.Tensor
-) -> tuple[float, float]:
-    """Returns how often the instrument and the mood bin are told right."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns, clip by clip, whether the instrument and whether the mood bin is told right, `[N]` each."""
     logits = torch.cat([classifier(batch.float()).logits for batch in features.split(32)])
     truth = (labels // MOODS, labels % MOODS)
-    told = (log_probabilities.argmax(dim=1) for log_probabilities in marginals(logits))
-    return tuple((guess == true).float().mean().item() for guess, true in zip(told, truth, strict=True))
+    return tuple(told.argmax(dim=1) == true for told, true in zip(marginals(logits), truth, strict=True))
 
 
 def main() -> None:
@@ -86,7 +85,7 @@ def main() -> None:
     folder = args.output / "components/classifier"
     classifier.save_pretrained(folder)
     extractor.save_pretrained(folder)
-    instrument, mood = accuracy(classifier, unseen, unseen_labels)
+    instrument, mood = (right.float().mean() for right in heard_right(classifier, unseen, unseen_labels))
     print(f"{'done' if done else 'stopped'}: validation accuracy, instrument {instrument:.3f}, mood bin {mood:.3f}")
 
 
