@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from build_story_set import Screen, clean, read_screens
 from conftest import photograph
 from measure_music import harmonic_to_noise, major_minor, measure_music, onset_rate, register, spectral_flatness
 from mood import AROUSAL, VALENCE, MoodRule, measure_picture, mood_bin
@@ -189,3 +190,57 @@ def test_the_small_models_fit_together():
     audio = pipe(photograph(), "a waltz", num_inference_steps=2, num_inversion_steps=2).audios
     assert audio.shape == (1, int(DURATION * SAMPLING_RATE)) and np.isfinite(audio).all()
     assert sum(model.num_parameters() for model in (components["unet"], components["image_unet"])) < 12e6
+
+
+# ---------------------------------------------------------------------------------------------------- the real set
+
+SCENARIO = """
+[scenario]
+    {SCENARIO_MUSIC "wanderer.ogg"}
+    [story]
+        [part]
+            story= _ "Without a painting."
+        [/part]
+        [part]
+            background=story/winter.jpg
+            story= _ "The <i>snow</i>
+ lay deep."
+        [/part]
+        [part]
+            music=sad.ogg
+            [background_layer]
+                image="story/king.png~O(50%)"
+            [/background_layer]
+            story="The king was dead."
+        [/part]
+        [part]
+            background=story/fall.jpg
+            story= _ "Music plays on."
+        [/part]
+    [/story]
+    [event]
+        image=story/winter.jpg
+    [/event]
+    [story]
+        [part]
+            background=story/fall.jpg
+            story= _ "Another story."
+        [/part]
+    [/story]
+[/scenario]
+"""
+
+
+def test_story_screens_are_read_with_their_music():
+    screens = read_screens(SCENARIO)
+    assert screens == [
+        Screen("story/winter.jpg", "wanderer.ogg", "The <i>snow</i>\n lay deep."),
+        Screen("story/king.png", "sad.ogg", "The king was dead."),
+        Screen("story/fall.jpg", "sad.ogg", "Music plays on."),
+        Screen("story/fall.jpg", "wanderer.ogg", "Another story."),
+    ]
+    assert clean(screens[0].text) == "The snow lay deep."
+
+
+def test_a_scenario_without_music_has_no_triplets():
+    assert read_screens(SCENARIO.replace("wanderer.ogg", "").replace("music=sad.ogg", "")) == []

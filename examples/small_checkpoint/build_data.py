@@ -7,6 +7,9 @@ The pairs are made, not natural: a written rule (`mood.py`) reads arousal and va
 import argparse
 import csv
 import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("build/small/data"), help="folder to write the data to")
     parser.add_argument("--packages", type=Path, default=Path("build/small/packages"), help="folder for packages")
-    parser.add_argument("--train_crops", type=int, default=2000, help="training crops, each with four clips")
+    parser.add_argument("--train_crops", type=int, default=3000, help="training crops, each with four clips")
     parser.add_argument("--test_pictures", type=int, default=60, help="pictures of the test split")
     parser.add_argument("--validation_pictures", type=int, default=25, help="pictures of the validation split")
     parser.add_argument("--seed", type=int, default=0)
@@ -83,7 +86,7 @@ def write_crops(split: str, pictures: list[Picture], count: int, args: argparse.
     return rows
 
 
-def write_clip(row: dict, index: int, split: str, sound_font: Path, args: argparse.Namespace) -> dict:
+def write_clip(index: int, row: dict, split: str, sound_font: Path, args: argparse.Namespace) -> dict:
     """Composes and renders the clip of one row, writes it as FLAC, and returns the row of the triplet."""
     generator = np.random.default_rng([args.seed, 10 + SPLITS.index(split), index])
     instrument = list(INSTRUMENTS)[index % len(INSTRUMENTS)]
@@ -91,7 +94,7 @@ def write_clip(row: dict, index: int, split: str, sound_font: Path, args: argpar
     caption = TEMPLATES[generator.integers(len(TEMPLATES))].format(instrument=instrument, genre=genre)
     notes = compose(instrument, genre, row["arousal"], row["valence"], generator)
     path = args.output / split / "audio" / f"{index:05d}.flac"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, render(notes, instrument, sound_font), SAMPLING_RATE)
     audio = str(path.relative_to(args.output))
     return row | {"audio": audio, "caption": caption, "instrument": instrument, "genre": genre}
@@ -100,7 +103,9 @@ def write_clip(row: dict, index: int, split: str, sound_font: Path, args: argpar
 def write_split(split: str, crops: list[dict], sound_font: Path, args: argparse.Namespace) -> list[dict]:
     """Writes a split's clips and its JSON-lines file of triplets."""
     order = np.random.default_rng([args.seed, 20 + SPLITS.index(split)]).permutation(len(crops) * CLIPS_PER_CROP)
-    rows = [write_clip(crops[crop % len(crops)], index, split, sound_font, args) for index, crop in enumerate(order)]
+    write = partial(write_clip, split=split, sound_font=sound_font, args=args)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(write, range(len(order)), [crops[crop % len(crops)] for crop in order], chunksize=50))
     (args.output / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 

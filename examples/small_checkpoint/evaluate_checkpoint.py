@@ -34,6 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--feature_source", default="inversion")
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("--image_guidance_scale", type=float, help="guide with the picture too, as the pipeline does")
     return parser.parse_args()
 
 
@@ -53,6 +54,8 @@ def make_table(args: argparse.Namespace, triplets: Path) -> None:
     named = {name: getattr(args, name) for name in ("checkpoint", "output", "num_inversion_steps", "feature_source")}
     named |= {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     named |= {"triplets": triplets, "imsm_captions": bridge, "classifier": f"ast={args.components / 'classifier'}"}
+    if args.image_guidance_scale is not None:
+        named["image_guidance_scale"] = args.image_guidance_scale
     named |= {f"{model}_model": args.components / model for model in ("clap", "clip")}
     evaluate.main([*(f"--{name}={value}" for name, value in named.items()), "--systems", *args.systems])
 

@@ -12,11 +12,15 @@ EMPTY_PROMPT_PROBABILITY = 0.1
 
 
 def create_unet(cross_attention_dim: int) -> UNet2DConditionModel:
-    """Returns Stable Diffusion's UNet in three resolutions, so that its decoder has nine attention layers too."""
+    """Returns Stable Diffusion's UNet in three resolutions, one layer a block: its decoder has six attention layers.
+
+    So has the music UNet's. The encoder's first level has no attention: nothing is recorded there, and it costs most.
+    """
     return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(32, 64, 96),
-        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D",) * 3,
         cross_attention_dim=cross_attention_dim,
         attention_head_dim=4,

@@ -1,14 +1,16 @@
 """Trains the text-to-music UNet, without pictures, on precomputed latents of the music autoencoder."""
 
 import torch
-from corpus import cached, load_mels, read_rows
+from corpus import cached, read_rows
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from music import DURATION
 from torch.nn import functional as F
 from train_image_unet import create_scheduler, noise_loss, validation_loss
 from training_loop import Training, run, stage_parser
 from transformers import ClapTextModelWithProjection, RobertaTokenizer
 
-from melfusion_pipeline.audio import encode_mel
+from melfusion_pipeline.audio import load_random_crop
+from melfusion_pipeline.training import MusicLatentCache
 
 EMPTY_PROMPT_PROBABILITY = 0.1
 CHANNELS = (32, 64, 96, 128)
@@ -32,12 +34,22 @@ def create_unet(text_width: int) -> UNet2DConditionModel:
     )
 
 
-@torch.no_grad()
 def load_latents(args, vae: AutoencoderKL, split: str) -> torch.Tensor:
-    """Returns the scaled latents of a split `[N, 8, 64, 8]`; computed once, so remove the file with a new `vae`."""
+    """Returns the scaled latents of a split `[N, 8, 64, 8]`; computed once, so remove the file with a new `vae`.
+
+    The clips' encodings lie in the cache that `train_melfusion.py --music_latents_cache` reads afterwards.
+    """
+    cache = MusicLatentCache(args.output / "cache/moments", vae)
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def encode(row: dict) -> torch.Tensor:
+        waveform = load_random_crop(args.data / row["audio"], 0.0, None, DURATION, generator)
+        # Half the time of float32, and its error is small beside the posterior's own deviation.
+        with torch.autocast("cpu", torch.bfloat16):
+            return cache.encode(waveform[None], [generator])
+
     path = args.output / "cache" / f"latents_{split}.safetensors"
-    mels = load_mels(args, split)
-    return cached(path, lambda: torch.cat([encode_mel(batch.float(), vae) for batch in mels.split(16)]))
+    return cached(path, lambda: torch.cat([encode(row) for row in read_rows(args.data, split)]))
 
 
 @torch.no_grad()

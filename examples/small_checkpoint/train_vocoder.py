@@ -96,16 +96,16 @@ def discriminator_loss(discriminator: BandDiscriminator, generated: torch.Tensor
     )
 
 
-def draw_segments(args, rows: list[dict], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_segments(
+    args, rows: list[dict], mels: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws log-mel segments `[B, 48, 64]` and their waveforms `[B, 7680]`."""
-    mels, waveforms = [], []
+    segments, waveforms = [], []
     for index in torch.randint(len(rows), (args.batch_size,), generator=generator).tolist():
-        waveform = load_waveform(args.data, rows[index])
-        mel = log_mel_spectrogram(waveform)
-        start = torch.randint(len(mel) - SEGMENT_FRAMES + 1, (), generator=generator).item()
-        mels.append(mel[start : start + SEGMENT_FRAMES])
-        waveforms.append(waveform[start * HOP : (start + SEGMENT_FRAMES) * HOP])
-    return torch.stack(mels), torch.stack(waveforms)
+        start = torch.randint(mels.shape[1] - SEGMENT_FRAMES + 1, (), generator=generator).item()
+        segments.append(mels[index, start : start + SEGMENT_FRAMES].float())
+        waveforms.append(load_waveform(args.data, rows[index])[start * HOP : (start + SEGMENT_FRAMES) * HOP])
+    return torch.stack(segments), torch.stack(waveforms)
 
 
 @torch.no_grad()
@@ -120,13 +120,13 @@ def main() -> None:
     parser.add_argument("--discriminator_from", type=int, default=8000, help="step at which the discriminator joins")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    rows = read_rows(args.data, "train")
+    rows, spectrograms = read_rows(args.data, "train"), load_mels(args, "train")
     vocoder, discriminator = create_vocoder(), BandDiscriminator()
     training = Training(vocoder, args.output / "state/vocoder.safetensors", args, betas=(0.8, 0.99))
     judging = Training(discriminator, args.output / "state/discriminator.safetensors", args, betas=(0.8, 0.99))
 
     def take_step(generator: torch.Generator) -> dict[str, torch.Tensor]:
-        mels, real = draw_segments(args, rows, generator)
+        mels, real = draw_segments(args, rows, spectrograms, generator)
         generated = vocoder(mels)
         spectral = spectral_loss(generated, real)
         mel = F.l1_loss(log_mel_spectrogram(generated), mels)
