@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # On Linux a bare `torch` is the CUDA build, gigabytes of it; `make demo TORCH=torch` takes that one.
 TORCH ?= torch==2.13.0
+MODULES := $(subst /,.,$(basename $(wildcard melfusion_pipeline/[a-z]*.py)))
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo docs test test-slow lint clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python examples/generate.py --output build
@@ -15,6 +16,10 @@ test: $(VENV)/test.installed lint
 
 test-slow: $(VENV)/test.installed
 	$(BIN)/python -m pytest -m slow -s
+
+docs: $(VENV)/test.installed
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs melfusion_pipeline $(MODULES)
+	$(BIN)/python -m pytest tests/test_docs.py
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -27,7 +28,7 @@ from accelerate.utils import (
 )
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from publish import Publication, read_training, upload, write_model_card, write_training
 from torch.utils.data import DataLoader, Sampler, default_collate
 from tqdm.auto import tqdm
 
@@ -110,6 +111,9 @@ def add_training_arguments(group) -> None:
     group.add_argument("--adam_weight_decay", type=float, default=0.0)
     group.add_argument("--max_grad_norm", type=float, default=1.0)
     group.add_argument("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is recommended")
+    group.add_argument(
+        "--logit_mean", type=float, help="logit-normal timesteps; above 0: more of the high noise levels"
+    )
     group.add_argument("--text_dropout", type=float, default=0.1)
     group.add_argument("--image_dropout", type=float, default=0.1)
     group.add_argument("--use_ema", action="store_true")
@@ -343,6 +347,7 @@ def make_objective(args: argparse.Namespace, pipe: MelFusionPipeline, trajectori
         trajectories,
         MusicLatentCache(args.music_latents_cache, pipe.vae) if args.music_latents_cache else None,
         snr_gamma=args.snr_gamma,
+        logit_mean=args.logit_mean,
         text_dropout=args.text_dropout,
         image_dropout=args.image_dropout,
         seed=args.seed,
@@ -396,7 +401,12 @@ def save_checkpoint(state: State) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    try:
+        accelerator.save_state(str(partial))
+    except BaseException:
+        # Half a checkpoint is of no use, and a full disk stays full while it lies there.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
@@ -566,46 +576,40 @@ def finish(state: State) -> None:
             image_size=args.resolution,
         )
         pipe.save_pretrained(args.output_dir)
-        write_model_card(args, pipe)
+        describe_pipeline(args, pipe)
         if args.push_to_hub:
-            repo_id = create_repo(args.hub_model_id, exist_ok=True).repo_id
-            hidden = ["checkpoint-*", ".*", "logs/*", "trajectories/*", "validation/*"]
-            upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=hidden)
+            upload(args.output_dir, args.hub_model_id)
     accelerator.end_training()
 
 
-def write_model_card(args: argparse.Namespace, pipe: MelFusionPipeline) -> None:
-    base_models = [args.pretrained_image_model, args.pretrained_music_model]
-    sources = " and ".join(filter(None, [args.pretrained_model_name_or_path, *base_models]))
-    alphas = ", ".join(f"{alpha:.3f}" for alpha in pipe.synapse.alphas.tolist())
+def describe_pipeline(args: argparse.Namespace, pipe: MelFusionPipeline) -> None:
+    """Writes what is told of the training and the card aside, then moves both: a full disk spares those before."""
+    name = args.hub_model_id or args.output_dir.name
+    with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".partial-") as staging:
+        folder = Path(staging)
+        write_training(folder, *describe_training(args))
+        training = read_training(folder)
+        write_model_card(folder, pipe, Publication(name, training["base_models"], training["facts"]))
+        for file in folder.iterdir():
+            os.replace(file, args.output_dir / file.name)
+
+
+def describe_training(args: argparse.Namespace) -> tuple[list[str], dict]:
+    """The models on the Hub that training started from, and what the model card tells of it."""
+    sources = [args.pretrained_model_name_or_path, args.pretrained_image_model, args.pretrained_music_model]
+    sources = list(filter(None, [*sources, args.synapse]))
     facts = {
         "trained": "the synapse" if args.train == "synapse" else "the synapse and the music UNet",
-        "starting from": sources,
+        "starting from": " and ".join(sources),
+        "training data": Path(args.train_data).name,
         "steps": args.max_train_steps,
         "batch size on each device": args.train_batch_size,
         "gradient accumulation": args.gradient_accumulation_steps,
         "picture latents": f"{args.image_latents}, {args.resolution} px",
         "music length": f"{args.audio_length_in_s} s",
         "seed": args.seed,
-        "alphas, deepest layer first": alphas,
     }
-    table = "\n".join(["| fact | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())])
-    name = args.hub_model_id or args.output_dir.name
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="text-to-audio",
-        tags=["melfusion", "image-to-music", "diffusers-training"],
-        base_model=[model for model in base_models if model and not Path(model).exists()] or None,
-    )
-    snippet = (
-        "from diffusers import DiffusionPipeline\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)'
-    )
-    text = (
-        f"# {name}\n\nMeLFusion (arXiv 2406.04673): a picture and a sentence become music.\n\n{table}\n\n"
-        f"```python\n{snippet}\n```\n\nThe licences of the base models and of the training data apply.\n"
-    )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(args.output_dir / "README.md")
+    return [source for source in sources if not Path(source).exists()], facts
 
 
 def main(arguments: list[str] | None = None) -> None:

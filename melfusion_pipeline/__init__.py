@@ -1,4 +1,18 @@
-"""MeLFusion as a diffusers pipeline: a picture and a sentence go in, music comes out (arXiv 2406.04673)."""
+"""MeLFusion as a diffusers pipeline: a picture and a sentence go in, music comes out (arXiv 2406.04673).
+
+| module | what it holds |
+|---|---|
+| `melfusion_pipeline.pipeline_melfusion` | `MelFusionPipeline`: composing, loading, calling, saving |
+| `melfusion_pipeline.modeling_melfusion` | `VisualSynapse`: what is learned |
+| `melfusion_pipeline.inversion_melfusion` | DDIM inversion of a picture, and `ImageFeatures`, what it yields |
+| `melfusion_pipeline.attention_melfusion` | the attention processors that record and blend keys and values |
+| `melfusion_pipeline.audio` | sound files, and the way from a waveform to music latents |
+| `melfusion_pipeline.data` | sets of triplets: reading and checking |
+| `melfusion_pipeline.training` | the training objective and its caches |
+| `melfusion_pipeline.metrics` | figures of generated music, as pure functions |
+| `melfusion_pipeline.extractors` | the embeddings that the figures are computed from |
+| `melfusion_pipeline.plotting` | figures to look at |
+"""
 
 from .inversion_melfusion import ImageFeatures
 from .modeling_melfusion import VisualSynapse

@@ -26,7 +26,7 @@ class KVCell:
         self.key, self.value = key, value
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns `(key, value)`.
+        """Returns `(key, value)`, each `[batch, tokens, channels]`.
 
         Raises:
             RuntimeError: If nothing has been written.
@@ -42,6 +42,10 @@ class RecordKVAttnProcessor:
     The source of `K_l^I` and `V_l^I` in the visual synapse (MeLFusion, arXiv 2406.04673, section 3). Layers of more
     than 1,024 tokens are average-pooled to 1,024 *before* the projections, which are linear: the same keys and values
     for a quarter of the work or less.
+
+    Args:
+        processor: The layer's own processor.
+        cell: Where keys and values are written, each `[batch, tokens, channels]`.
     """
 
     def __init__(self, processor: Any, cell: KVCell) -> None:
@@ -55,6 +59,17 @@ class RecordKVAttnProcessor:
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Attends as the wrapped processor does; called by diffusers' `Attention`.
+
+        Args:
+            attn: The layer.
+            hidden_states: `[batch, tokens, channels]`.
+            encoder_hidden_states: For the wrapped processor; self-attention has none.
+            attention_mask: For the wrapped processor.
+
+        Returns:
+            What the wrapped processor returns, `[batch, tokens, channels]`.
+        """
         tokens = hidden_states
         if tokens.shape[1] > MAX_RECORDED_TOKENS:
             tokens = F.adaptive_avg_pool1d(tokens.transpose(1, 2), MAX_RECORDED_TOKENS).transpose(1, 2)
@@ -72,6 +87,9 @@ class BlendKVAttnProcessor:
     The batch of the UNet is laid out as (guidance branch, picture, waveform). The cell holds
     `[pictures, tokens, channels]`, already fitted to the layer's tokens and channels; `alpha` is
     `[branches, pictures or 1, 1, 1, 1]`. Both are broadcast, so that no branch or waveform holds a copy.
+
+    Args:
+        cell: Holds what is blended; `alpha` is set beside it, see `KVBlenders.read`.
     """
 
     # Where `set_attention_backend` and context parallelism leave their choice for `dispatch_attention_fn`.
@@ -98,6 +116,20 @@ class BlendKVAttnProcessor:
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Attends with blended keys and values; called by diffusers' `Attention`.
+
+        Args:
+            attn: The layer.
+            hidden_states: `[branches * pictures * waveforms, tokens, channels]`.
+            encoder_hidden_states: The text sequence `[same batch, text tokens, channels]` where the UNet has one.
+            attention_mask: Of the text sequence, as diffusers passes it on.
+
+        Returns:
+            `[branches * pictures * waveforms, tokens, channels]`.
+
+        Raises:
+            RuntimeError: If the cell is empty.
+        """
         residual = hidden_states
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if encoder_hidden_states is not None and attn.norm_cross:
@@ -154,7 +186,11 @@ class KVRecorders(dict[str, RecordKVAttnProcessor]):
 
 
 class KVBlenders(dict[str, BlendKVAttnProcessor]):
-    """The blending processors of one UNet by layer name, ready for `use_attn_processors`."""
+    """The blending processors of one UNet by layer name, ready for `use_attn_processors`.
+
+    Args:
+        layers: The names of its decoder layers at the cross-attention position (`attn2`).
+    """
 
     def __init__(self, layers: Iterable[str]) -> None:
         super().__init__((layer, BlendKVAttnProcessor(KVCell())) for layer in layers)

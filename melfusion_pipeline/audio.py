@@ -30,6 +30,8 @@ NUM_MEL_BANDS = 64
 FREQUENCY_RANGE = (0.0, 8000.0)
 MEL_FLOOR = 1e-5
 PEAK = 0.5
+# libsndfile's number for what the operating system refuses, such as writing to a full disk.
+SYSTEM_ERROR = 2
 
 
 def check_sampling_rate(sampling_rate: int) -> None:
@@ -69,6 +71,7 @@ def save_audio(path: str | os.PathLike, waveform: np.ndarray | torch.Tensor, sam
     Raises:
         TypeError: if `waveform` is not a floating-point array or tensor.
         ValueError: if `waveform` is empty, not finite or of another shape, or the suffix or the rate is unusable.
+        OSError: if the file cannot be written, for example on a full disk.
     """
     path, file_format = Path(path), Path(path).suffix[1:].upper()
     check_sampling_rate(sampling_rate)
@@ -88,6 +91,8 @@ def save_audio(path: str | os.PathLike, waveform: np.ndarray | torch.Tensor, sam
         soundfile.write(temporary, samples.T, int(sampling_rate), "PCM_16", format=file_format)
         os.replace(temporary, path)
     except soundfile.LibsndfileError as error:
+        if error.code == SYSTEM_ERROR:
+            raise OSError(f"{str(path)!r} cannot be written: {error}") from error
         raise ValueError(f"{samples.shape} samples at {sampling_rate} Hz make no {file_format}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -114,13 +119,17 @@ def load_audio(path: str | os.PathLike, start: float = 0.0, duration: float | No
     try:
         with soundfile.SoundFile(path) as file:
             sampling_rate = file.samplerate
-            first = min(round(start * sampling_rate), file.frames)
-            last = file.frames if duration is None else min(first + round(duration * sampling_rate), file.frames)
+            # The minimum comes before rounding, which infinity does not survive.
+            first = round(min(start * sampling_rate, file.frames))
+            last = file.frames
+            if duration is not None:
+                last = min(first + round(min(duration * sampling_rate, file.frames)), file.frames)
             # An mp3 frame borrows bits from the frames before it: decoding begins half a second earlier.
             preroll = min(first, sampling_rate // 2)
             file.seek(first - preroll)
             samples = file.read(last - first + preroll, dtype="float32", always_2d=True)[preroll:]
-    except soundfile.LibsndfileError as error:
+    except (soundfile.LibsndfileError, MemoryError) as error:
+        # A damaged header may promise more samples than fit into the memory.
         raise ValueError(f"{str(path)!r} cannot be read as a sound file: {error}") from error
     if len(samples) == 0:
         raise ValueError(f"{str(path)!r} holds no samples at {start} s.")
@@ -197,7 +206,7 @@ def log_mel_spectrogram(waveform: torch.Tensor) -> torch.Tensor:
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
-    """Returns float64, or float32 on MPS, which has no other."""
+    """Returns float64, or float32 where `device` is MPS, which has no other."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -225,6 +234,9 @@ def encode_mel(
 
     Returns:
         Latents times `vae.config.scaling_factor`, `[B, latent channels, T / 4, 16]`, in the autoencoder's dtype.
+
+    Raises:
+        ValueError: if `sample_mode` is unknown or `mel` has another shape.
     """
     if sample_mode not in ("mode", "sample"):
         raise ValueError(f"`sample_mode` must be 'mode' or 'sample', but is {sample_mode!r}.")
@@ -293,17 +305,27 @@ def waveform_to_mel(
 
 
 def pad_or_cut(waveform: torch.Tensor, num_samples: int) -> torch.Tensor:
-    """Appends zeros to `[..., T]`, or cuts its end, so that it becomes `[..., num_samples]`."""
+    """Appends zeros to `waveform` `[..., T]`, or cuts its end: then T is `num_samples`."""
     return F.pad(waveform, (0, num_samples - waveform.shape[-1]))
 
 
 def load_random_crop(
     path: str | os.PathLike, start: float, duration: float | None, audio_length_in_s: float, generator: torch.Generator
 ) -> torch.Tensor:
-    """Reads a random stretch of a sound file between `start` and `start + duration` (seconds; `None` is the end).
+    """Reads a random stretch of a sound file between `start` and `start + duration`.
+
+    Args:
+        path: the file.
+        start: where the music begins, in seconds.
+        duration: how long it is, in seconds; `None` is to the end of the file.
+        audio_length_in_s: length of the stretch.
+        generator: chooses the stretch, by one random number whatever the length.
 
     Returns:
         Mono at 16 kHz, peak 0.5, float32 `[audio_length_in_s * 16000]`, padded with zeros if the music is shorter.
+
+    Raises:
+        ValueError: as `load_audio` does.
     """
     available = min(soundfile.info(path).duration - start, duration or math.inf)
     start += max(0.0, available - audio_length_in_s) * torch.rand((), generator=generator).item()

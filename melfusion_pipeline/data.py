@@ -56,9 +56,11 @@ def load_rows(path: PathLike, columns: dict[str, str] | None = None, streaming: 
         import datasets
     except ImportError as error:
         raise ImportError("Reading a set of triplets needs `datasets`: pip install datasets") from error
-    if not Path(path).is_file() or Path(path).suffix.lower() not in (".jsonl", ".json", ".csv"):
+    is_file = isinstance(path, PathLike) and Path(path).is_file()
+    if not is_file or Path(path).suffix.lower() not in (".jsonl", ".json", ".csv"):
         raise ValueError(f"`path` must be an existing .jsonl, .json or .csv file, but is {str(path)!r}.")
-    if not set(columns or ()) <= set(COLUMNS):
+    names = columns or {}
+    if not isinstance(names, dict) or not set(names) <= set(COLUMNS) or not is_text(*names.values()):
         raise ValueError(f"`columns` must rename some of {list(COLUMNS)}, but is {columns}.")
     arguments = {"path": str(path), "columns": columns}
     if next(read_rows(**arguments), None) is None:
@@ -77,33 +79,52 @@ def read_rows(path: str, columns: dict[str, str] | None = None) -> Iterator[dict
             record = json.loads(record) if isinstance(record, bytes) else record
             row |= {column: parse_field(record, column, name) for column, name in names.items()}
             row |= {column: os.path.join(os.path.dirname(path), row[column]) for column in ("image", "audio")}
-        except ValueError as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             row["problem"] = str(error)
         yield row
 
 
+def is_text(*values: object) -> bool:
+    """Returns whether all of `values` are strings that can be written; lone surrogates, which JSON allows, cannot."""
+    try:
+        return all(isinstance(value, str) and value.encode() is not None for value in values)
+    except UnicodeEncodeError:
+        return False
+
+
 def read_records(path: PathLike) -> Iterator[dict | bytes]:
-    """Yields the records of a CSV file or JSON list, or the undecoded lines of JSON lines."""
-    with open(path, "rb") as file:
-        if Path(path).suffix.lower() == ".csv":
-            yield from csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
-        elif file.peek(1)[:1] == b"[":
-            yield from json.load(file)
-        else:
-            yield from (line for line in file if line.strip())
+    """Yields the records of the CSV file or JSON list `path`, or the undecoded lines of JSON lines.
+
+    Raises:
+        ValueError: if the file cannot be read as what its suffix says.
+    """
+    try:
+        with open(path, "rb") as file:
+            if Path(path).suffix.lower() == ".csv":
+                yield from csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+            elif file.peek(1)[:1] == b"[":
+                yield from json.load(file)
+            else:
+                yield from (line for line in file if line.strip())
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
 
 
 def parse_field(record: dict, column: str, name: str) -> str | float | None:
-    """Returns one field of a record, `None` where an optional one is absent; a wrong one is a `ValueError`."""
+    """Returns the field `name` of `record` as `column` needs it; a wrong one is a `ValueError`.
+
+    An optional field that is absent is `None`.
+    """
     value = record.get(name) if isinstance(record, dict) else None
     if value is None or value == "":
         if column in ("image", "audio", "caption"):
             raise ValueError(f"`{name}` is missing in {record!r:.80}")
     elif column in ("start", "duration"):
-        value = float(value) if isinstance(value, str | int | float) else math.nan
+        is_number = isinstance(value, str | int | float) and not isinstance(value, bool)
+        value = float(value) if is_number else math.nan
         if not 0 <= value < math.inf or (value == 0 and column == "duration"):
             raise ValueError(f"`{name}` must be a number of seconds, but is {record[name]!r:.80}")
-    elif not isinstance(value, str) or not value.strip():
+    elif not is_text(value) or not value.strip():
         raise ValueError(f"`{name}` must be text, but is {value!r:.80}")
     elif column in ("image", "audio") and ".." in Path(value).parts:
         raise ValueError(f"`{name}` may not hold '..', but is {value!r}")
@@ -112,26 +133,38 @@ def parse_field(record: dict, column: str, name: str) -> str | float | None:
 
 def contained_path(path: PathLike, data_root: PathLike) -> Path:
     """Resolves `path`; a `ValueError` if it is no file, or it or its link's target is not below `data_root`."""
-    resolved, root = Path(path).resolve(), Path(data_root).resolve()
+    try:
+        resolved, root = Path(path).resolve(), Path(data_root).resolve()
+        is_file = resolved.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        # A name too long, a null byte, links in a circle.
+        raise ValueError(f"{str(path)!r} cannot be found: {error}") from error
     if not resolved.is_relative_to(root):
         raise ValueError(f"{str(path)!r} lies outside `data_root` {str(root)!r}")
-    if not resolved.is_file():
+    if not is_file:
         raise ValueError(f"{str(path)!r} is missing")
     return resolved
 
 
 def open_image(path: Path) -> Image.Image:
-    """Decodes a picture as it is stored (any mode, not rotated); a `ValueError` if it is broken or oversized."""
+    """Decodes the picture `path` as it is stored (any mode, not rotated); a `ValueError` if broken or oversized."""
     try:
         with Image.open(path) as image:
             image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image.getexif()
+    # Pillow's decoders let anything out that a damaged file provokes: struct.error, SyntaxError, IndexError, ...
+    except Exception as error:
         raise ValueError(f"{str(path)!r} cannot be read as a picture: {error}") from error
     return image
 
 
 def check_rows(rows: Iterable[dict], data_root: PathLike, min_duration_in_s: float = 1.0) -> list[tuple[int, str]]:
-    """Reads every row's files below `data_root`, with a progress bar.
+    """Reads every row's files, with a progress bar.
+
+    Args:
+        rows: of `load_rows`.
+        data_root: the folder that all files must lie in.
+        min_duration_in_s: music shorter than this many seconds is a problem.
 
     Returns:
         Row number and message for each malformed, missing, unreadable, silent, too short or repeated triplet.
@@ -143,7 +176,10 @@ def check_rows(rows: Iterable[dict], data_root: PathLike, min_duration_in_s: flo
 
 
 def check_row(row: dict, data_root: PathLike, min_duration_in_s: float, first_rows: dict[bytes, int]) -> Iterator[str]:
-    """Yields what is wrong with one row; `first_rows` collects which row held which contents first."""
+    """Yields what is wrong with one row; the arguments beside `row` and `first_rows` are those of `check_rows`.
+
+    `first_rows` collects which row held which contents first.
+    """
     if row["problem"]:
         yield row["problem"]
         return
@@ -165,14 +201,18 @@ def check_row(row: dict, data_root: PathLike, min_duration_in_s: float, first_ro
 
 
 def format_problems(problems: list[tuple[int, str]]) -> str:
-    """Formats problems as a table of row number and message."""
+    """Formats `problems` (of `check_rows`) as a table of row number and message."""
     return "\n".join(["     row  problem", *(f"{row:>8}  {message}" for row, message in problems)])
 
 
 def select_good_rows(
     rows: Iterable[dict], problems: list[tuple[int, str]], skip_bad_rows: bool = False
 ) -> Iterable[dict]:
-    """Returns `rows` (of `load_rows`) without those with `problems`; refuses the set unless `skip_bad_rows`."""
+    """Returns `rows` (of `load_rows`) without those with `problems` (of `check_rows`).
+
+    Raises:
+        ValueError: if there are problems and not `skip_bad_rows`; the message lists them.
+    """
     if not problems:
         return rows
     report = f"The set has {len(problems)} problems (`skip_bad_rows` leaves them out):\n{format_problems(problems)}"
@@ -183,7 +223,7 @@ def select_good_rows(
 
 
 def is_good(row: int, bad_rows: set[int]) -> bool:
-    """Returns whether a row is not among `bad_rows`; a function, because spawned workers cannot be sent a lambda."""
+    """Returns whether `row` is not among `bad_rows`; a function, because spawned workers cannot be sent a lambda."""
     return row not in bad_rows
 
 
@@ -232,13 +272,18 @@ def read_triplet(
 
 
 class TripletDataset(Dataset):
-    """Map-style set of triplets; `read` is `read_triplet` with its arguments bound by `functools.partial`."""
+    """Map-style set of triplets.
+
+    Args:
+        rows: of `load_rows`.
+        read: `read_triplet` with its arguments bound by `functools.partial`.
+    """
 
     def __init__(self, rows: Sequence[dict], read: Callable[..., dict]) -> None:
         self.rows, self.read, self.epoch = rows, read, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the crops; call it before an epoch's iterator is made (accelerate does not always)."""
+        """Chooses the crops of `epoch`; call it before an epoch's iterator is made (accelerate does not always)."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -252,6 +297,13 @@ class TripletStream(IterableDataset):
     """Streamed set of triplets that yields whole batches, for a `DataLoader` with `batch_size=None`.
 
     Processes share every `batch_size * num_processes` rows, whichever worker reads; an incomplete rest is left out.
+
+    Args:
+        rows: of `load_rows` with `streaming=True`.
+        read: `read_triplet` with its arguments bound by `functools.partial`.
+        batch_size: of each process.
+        process_index: the number of this process, from 0.
+        num_processes: how many share the set.
     """
 
     def __init__(self, rows, read: Callable, batch_size: int, process_index: int = 0, num_processes: int = 1) -> None:
@@ -260,7 +312,7 @@ class TripletStream(IterableDataset):
         self.shared_batch_size = batch_size * num_processes
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order and the crops; call it before an epoch's iterator is made."""
+        """Chooses the order and the crops of `epoch`; call it before an epoch's iterator is made."""
         self.rows.set_epoch(epoch)
         self.epoch = epoch
 
@@ -289,11 +341,16 @@ def convert_musiccaps(path: PathLike, clips: PathLike, images: PathLike, output:
     folders = {"image": Path(images).resolve(), "audio": Path(clips).resolve()}
     files = {name: {file.stem: str(file.relative_to(root)) for file in folders[name].iterdir()} for name in folders}
     for number, record in enumerate(read_records(path)):
+        if not isinstance(record, dict) or not {"ytid", "caption"} <= record.keys():
+            raise ValueError(f"{str(path)!r} needs the columns `ytid` and `caption`, row {number} is {record!r:.80}")
         row = {name: files[name].get(record["ytid"]) for name in files} | {"caption": record["caption"]}
         missing = [f"no {name} {record['ytid']}.* in {str(folders[name])!r}" for name in files if not row[name]]
         problems += [(number, message) for message in missing]
         lines += [] if missing else [json.dumps(row) + "\n"]
     temporary = root / f".{Path(output).name}.{os.getpid()}"
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(output)
+    try:
+        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
     return problems

@@ -56,7 +56,14 @@ class ClapExtractor:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, device="cpu", dtype=torch.float32, batch_size=8):
-        """Load from a Hub id such as `laion/clap-htsat-unfused`, or from a folder that model and processor saved."""
+        """Load from a Hub id such as `laion/clap-htsat-unfused`, or from a folder that model and processor saved.
+
+        Args:
+            pretrained_model_name_or_path: The id or the folder.
+            device: Where the model runs.
+            dtype: Of its weights.
+            batch_size: Number of items a forward pass.
+        """
         model = ClapModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype, use_safetensors=True)
         return cls(model.to(device), ClapProcessor.from_pretrained(pretrained_model_name_or_path), batch_size)
 
@@ -131,7 +138,10 @@ class ClipExtractor:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, device="cpu", dtype=torch.float32, batch_size=8):
-        """Load from a Hub id such as `openai/clip-vit-large-patch14`, or a folder that model and processor saved."""
+        """Load from a Hub id such as `openai/clip-vit-large-patch14`, or a folder that model and processor saved.
+
+        Arguments are those of `ClapExtractor.from_pretrained`.
+        """
         model = CLIPModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype, use_safetensors=True)
         return cls(model.to(device), CLIPProcessor.from_pretrained(pretrained_model_name_or_path), batch_size)
 
@@ -184,6 +194,13 @@ class ClipExtractor:
 
 
 class _AudioExtractor:
+    """What extractors of audio share. @public
+
+    Args:
+        model: The network.
+        batch_size: Number of clips a forward pass.
+    """
+
     # Children set `sampling_rate` and define `_forward`: clips [B, T] at that rate -> embeddings, logits.
     def __init__(self, model: torch.nn.Module, batch_size: int = 8):
         self.model, self.batch_size = model.eval(), batch_size
@@ -211,6 +228,8 @@ class _AudioExtractor:
 
 
 class _AudioClassifier(_AudioExtractor):
+    """What extractors share whose network classifies audio. @public"""
+
     def probabilities(self, *, audio: np.ndarray, sampling_rate: int) -> np.ndarray:
         """Softmax over the classes' logits, as this field's KL takes it though AudioSet's classes are not exclusive.
 
@@ -244,7 +263,10 @@ class AstExtractor(_AudioClassifier):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, device="cpu", dtype=torch.float32, batch_size=8):
-        """Load from a Hub id such as `MIT/ast-finetuned-audioset-10-10-0.4593`, or from a folder."""
+        """Load from a Hub id such as `MIT/ast-finetuned-audioset-10-10-0.4593`, or from a folder.
+
+        Arguments are those of `ClapExtractor.from_pretrained`.
+        """
         name = pretrained_model_name_or_path
         model = ASTForAudioClassification.from_pretrained(name, dtype=dtype, use_safetensors=True)
         return cls(model.to(device), ASTFeatureExtractor.from_pretrained(name), batch_size)
@@ -267,7 +289,10 @@ class PannsExtractor(_AudioClassifier):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, device="cpu", batch_size=8):
-        """Load from a Hub id, or a folder, that holds the converted `model.safetensors`."""
+        """Load from a Hub id, or a folder, that holds the converted `model.safetensors`.
+
+        Arguments are those of `ClapExtractor.from_pretrained`.
+        """
         models = _import_extra("panns_hear.models", "panns-hear")
         model = models.Cnn14(
             sample_rate=32000, window_size=1024, hop_size=320, mel_bins=64, fmin=50, fmax=14000, classes_num=527
@@ -290,7 +315,10 @@ class PasstExtractor(_AudioClassifier):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, device="cpu", batch_size=8):
-        """Load from a Hub id, or a folder, that holds the converted `model.safetensors`."""
+        """Load from a Hub id, or a folder, that holds the converted `model.safetensors`.
+
+        Arguments are those of `ClapExtractor.from_pretrained`.
+        """
         passt = _import_extra("hear21passt.models.passt", "hear21passt")
         preprocess = _import_extra("hear21passt.models.preprocess", "hear21passt")
         wrapper = _import_extra("hear21passt.wrapper", "hear21passt")
@@ -315,7 +343,10 @@ class VggishExtractor(_AudioExtractor):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, device="cpu", batch_size=8):
-        """Load from a Hub id, or a folder, that holds the converted `model.safetensors`."""
+        """Load from a Hub id, or a folder, that holds the converted `model.safetensors`.
+
+        Arguments are those of `ClapExtractor.from_pretrained`.
+        """
         torchvggish = _import_extra("torchvggish", "torchvggish soundfile")
         model = torchvggish.VGG(torchvggish.make_layers(), postprocess=False)
         return cls(_load_weights(model, pretrained_model_name_or_path).to(device), batch_size)
@@ -334,6 +365,10 @@ class LogMelExtractor(_AudioExtractor):
     For FAD and KAD where no learned embedding is at hand; its figures cannot be compared with published ones. The
     spectrogram is that of AudioLDM: 16 kHz, magnitude of a 1024-point STFT at a hop of 160, Slaney bands to 8 kHz,
     natural logarithm floored at 1e-5.
+
+    Args:
+        device: Where it runs.
+        batch_size: Number of clips a forward pass.
     """
 
     sampling_rate = 16000

@@ -1,9 +1,12 @@
 """The picture's side: preparation, DDIM inversion, and the keys and values that are recorded on the way."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +38,8 @@ class ImageFeatures:
         image_size: The side of the prepared picture in pixels, where known.
 
     Raises:
-        ValueError: If layers or shapes do not agree with one another.
+        TypeError: If keys, values or timesteps are not what is described here.
+        ValueError: If layers or shapes do not agree with one another, or a value is out of range.
     """
 
     keys: dict[str, torch.Tensor]
@@ -45,13 +49,17 @@ class ImageFeatures:
     image_size: int | None = None
 
     def __post_init__(self) -> None:
+        _check_layers("keys", self.keys)
+        _check_layers("values", self.values)
+        _check_recording(self.timesteps, self.feature_source, self.image_size)
         if not self.keys or self.keys.keys() != self.values.keys():
             raise ValueError(
                 f"`keys` and `values` must hold the same layers, got {sorted(self.keys)} and {sorted(self.values)}."
             )
         steps, pictures = len(self.timesteps), next(iter(self.keys.values())).shape[1:2]
         for layer, key in self.keys.items():
-            if key.ndim != 4 or key.shape != self.values[layer].shape or key.shape[:2] != (steps, *pictures):
+            shape_fits = key.ndim == 4 and key.shape[:2] == (steps, *pictures) and 0 not in key.shape
+            if not shape_fits or key.shape != self.values[layer].shape:
                 raise ValueError(
                     f"Layer {layer} must hold keys and values of [steps={steps}, pictures, tokens, channels], got"
                     f" {list(key.shape)} and {list(self.values[layer].shape)}."
@@ -68,8 +76,18 @@ class ImageFeatures:
         return sum(tensor.nbytes for tensor in (*self.keys.values(), *self.values.values()))
 
     def at(self, timestep: float | torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Gives each layer's `(key, value)`, `[pictures, tokens, channels]`, recorded nearest to `timestep`."""
-        step = int((self.timesteps - float(timestep)).abs().argmin())
+        """Gives each layer's `(key, value)`, `[pictures, tokens, channels]`, recorded nearest to `timestep`.
+
+        Raises:
+            TypeError: If `timestep` is not one number.
+            ValueError: If it is not finite.
+        """
+        number = timestep.item() if isinstance(timestep, torch.Tensor) and timestep.numel() == 1 else timestep
+        if not isinstance(number, Real):
+            raise TypeError(f"`timestep` must be one number, got {timestep!r:.80}.")
+        if not abs(number) <= sys.float_info.max:
+            raise ValueError(f"`timestep` must be finite, got {timestep!r:.80}.")
+        step = int((self.timesteps - float(number)).abs().argmin())
         return {layer: (self.keys[layer][step], self.values[layer][step]) for layer in self.keys}
 
     def to(self, *args: Any, **kwargs: Any) -> "ImageFeatures":
@@ -81,14 +99,21 @@ class ImageFeatures:
         )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the features to one safetensors file; an existing file is replaced only by a complete one."""
+        """Writes the features to one safetensors file, `path`; an existing file is replaced only by a complete one.
+
+        Raises:
+            OSError: If the file cannot be written, for example on a full disk; the message names the file.
+        """
+        path = _as_path(path)
         tensors = {f"{layer}.key": key.contiguous() for layer, key in self.keys.items()}
         tensors |= {f"{layer}.value": value.contiguous() for layer, value in self.values.items()}
         metadata = {"feature_source": self.feature_source, "image_size": str(self.image_size or "")}
-        partial = f"{os.fspath(path)}.{os.getpid()}.partial"
+        partial = f"{path}.{os.getpid()}.partial"
         try:
             save_file({**tensors, "timesteps": self.timesteps}, partial, metadata=metadata)
             os.replace(partial, path)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
         finally:
             if os.path.exists(partial):
                 os.remove(partial)
@@ -97,9 +122,20 @@ class ImageFeatures:
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "ImageFeatures":
         """Reads what `save` wrote.
 
+        Args:
+            path: The file.
+            device: Where keys and values are to lie; the timesteps stay on the CPU.
+
+        Returns:
+            The features, in the dtype in which they were saved.
+
         Raises:
+            FileNotFoundError: If there is no such file.
             ValueError: If the file is no complete set of features; the message names the file.
         """
+        path = _as_path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is no file: pass what `ImageFeatures.save` wrote.")
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -112,8 +148,36 @@ class ImageFeatures:
                 feature_source=metadata.get("feature_source", "inversion"),
                 image_size=int(metadata.get("image_size") or 0) or None,
             )
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)} is no complete file of `ImageFeatures`: {error}") from error
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no complete file of `ImageFeatures`: {error}") from error
+
+
+def _as_path(path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"`path` must be a str or a path, got {path!r:.80}.")
+    return Path(path)
+
+
+def _check_layers(name: str, layers: Any) -> None:
+    if not isinstance(layers, dict):
+        raise TypeError(f"`{name}` must be a dict of tensors by layer name, got {type(layers).__name__}.")
+    for layer, tensor in layers.items():
+        if not isinstance(layer, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise TypeError(f"`{name}` must hold floating-point tensors by layer name, got {layer!r:.80}: {found}.")
+
+
+def _check_recording(timesteps: Any, feature_source: Any, image_size: Any) -> None:
+    if not isinstance(timesteps, torch.Tensor) or timesteps.is_complex() or timesteps.dtype == torch.bool:
+        raise TypeError(f"`timesteps` must be a tensor of numbers, got {timesteps!r:.80}.")
+    if timesteps.ndim != 1 or not len(timesteps) or not timesteps.isfinite().all():
+        raise ValueError(f"`timesteps` must be finite, [steps] with one step at least, got {timesteps!r:.80}.")
+    if not isinstance(feature_source, str) or feature_source not in FEATURE_SOURCES:
+        raise ValueError(f"`feature_source` must be one of {list(FEATURE_SOURCES)}, got {feature_source!r:.80}.")
+    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, Integral)):
+        raise TypeError(f"`image_size` must be an int or None, got {image_size!r:.80}.")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"`image_size` must be at least 1, got {image_size}.")
 
 
 def as_pil_images(image: Any) -> list[PIL.Image.Image]:
@@ -123,6 +187,9 @@ def as_pil_images(image: Any) -> list[PIL.Image.Image]:
         image: PIL images; numpy arrays `[height, width, 3]` or `[batch, height, width, 3]`; torch tensors
             `[3, height, width]` or `[batch, 3, height, width]`; or a list of single pictures. Arrays and tensors are
             uint8 or float in [0, 1].
+
+    Returns:
+        One PIL image a picture, of its own size and mode.
 
     Raises:
         TypeError: If `image` or an element of it is none of these.
@@ -161,7 +228,9 @@ def _as_pil_image(image: Any, name: str) -> PIL.Image.Image:
         raise ValueError(f"{name} has a side of zero pixels: {image.width} x {image.height}.")
     try:
         image.load()
-    except OSError as error:
+        image.getexif()
+    # Pillow's decoders let anything out that a damaged file provokes: struct.error, SyntaxError, IndexError, ...
+    except Exception as error:
         raise ValueError(f"{name} cannot be decoded: {error}. The file is damaged or incomplete.") from error
     return image
 
@@ -186,7 +255,7 @@ def _array_to_pil(array: np.ndarray, name: str) -> PIL.Image.Image:
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Turns a picture of any PIL mode upright (EXIF) and into RGB; 16-bit is scaled, transparency laid on white."""
+    """Turns `image` of any PIL mode upright (EXIF) and into RGB; 16-bit is scaled, transparency laid on white."""
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
@@ -219,7 +288,7 @@ def prepare_image(image: PIL.Image.Image, image_size: int, generator: torch.Gene
 
 
 class NoiseLevel(NamedTuple):
-    """One point of the picture's time grid."""
+    """One point of the picture's time grid: the `timestep` that the UNet is told, and its `alpha_cumprod`."""
 
     timestep: int
     alpha_cumprod: float

@@ -15,7 +15,7 @@ from scipy.stats import t as student_t
 
 
 class Interval(NamedTuple):
-    """A figure and the ends of its confidence interval."""
+    """A figure, `estimate`, and the ends of its confidence interval, `low` and `high`."""
 
     estimate: float
     low: float
@@ -270,6 +270,9 @@ def bootstrap_interval(
         resamples: Number of resamples.
         seed: Seed of the resamples.
 
+    Returns:
+        The statistic of all values, and the ends of its interval.
+
     Raises:
         ValueError: If there are fewer than two rows or groups, or a value or a resample's statistic is not finite.
     """
@@ -306,6 +309,9 @@ def jackknife_interval(
         confidence: Coverage in (0, 1).
         blocks: Number of blocks of each sample, at least 2; its number of groups if that is smaller.
         seed: Seed of the blocks.
+
+    Returns:
+        The statistic of the whole samples, and the ends of its interval.
 
     Raises:
         ValueError: If there are fewer than two blocks or three rows or groups, or as `statistic` does.

@@ -105,6 +105,9 @@ class VisualSynapse(ModelMixin, ConfigMixin):
             unet: The text-to-music `UNet2DConditionModel`.
             projection: `"linear"` or `"pool"`.
 
+        Returns:
+            A synapse with one layer for each of the music UNet's decoder layers.
+
         Raises:
             ValueError: If either decoder has no attention layer; the message names both.
         """
@@ -128,7 +131,11 @@ class VisualSynapse(ModelMixin, ConfigMixin):
         )
 
     def check_unets(self, image_unet: ModelMixin | None, unet: ModelMixin | None) -> None:
-        """Refuses UNets whose layers are not those that this synapse connects; None is not checked.
+        """Refuses UNets whose layers are not those that this synapse connects.
+
+        Args:
+            image_unet: The text-to-image UNet; None is not checked.
+            unet: The text-to-music UNet; None is not checked.
 
         Raises:
             ValueError: Naming the first layer that is missing or of another width.
@@ -144,7 +151,10 @@ class VisualSynapse(ModelMixin, ConfigMixin):
             _check_widths(f"`{name}`", found, dict(zip(layers, widths)))
 
     def check_image_features(self, keys: dict[str, torch.Tensor]) -> None:
-        """Refuses recorded keys `[..., tokens, channels]` of a UNet other than the one that this synapse reads.
+        """Refuses recorded keys of a UNet other than the one that this synapse reads.
+
+        Args:
+            keys: By picture layer, `[..., tokens, channels]`.
 
         Raises:
             ValueError: Naming the first layer that is missing or of another width.

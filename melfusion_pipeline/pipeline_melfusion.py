@@ -1,5 +1,6 @@
 """MeLFusion (arXiv 2406.04673): a picture and a sentence become music."""
 
+import functools
 import importlib
 import inspect
 import json
@@ -8,7 +9,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -31,6 +34,7 @@ from diffusers import (
 )
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
+from safetensors import SafetensorError, safe_open
 from transformers import (
     ClapTextModelWithProjection,
     CLIPTextModel,
@@ -52,13 +56,35 @@ from .inversion_melfusion import (
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("np", "pt", "mel", "latent")
+# Beyond these a typing error is likelier than a machine that can do it.
+MAX_AUDIO_LENGTH_IN_S = 3600.0
+MAX_WAVEFORMS_PER_PROMPT = 1000
+MAX_IMAGE_SIZE = 8192
 # What a checkpoint carries so that it loads without this package (with `trust_remote_code=True`).
 CODE_FILES = ("pipeline_melfusion.py", "attention_melfusion.py", "inversion_melfusion.py")
 # In an index without components of its own: the folder in which they lie.
 CHECKPOINT_KEY = "_checkpoint"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+# The JSON files of a checkpoint and what each must say: one of these, or it is empty or another file.
+IDENTITY_KEYS = {
+    "config.json": ("_class_name", "model_type"),
+    "scheduler_config.json": ("_class_name",),
+    "tokenizer_config.json": ("tokenizer_class",),
+    "tokenizer.json": ("model",),
+}
 
 Image = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image | np.ndarray | torch.Tensor]
+
+
+def _one_at_a_time(method: Callable) -> Callable:
+    """Lets a method of the pipeline run in one thread at a time; the others wait."""
+
+    @functools.wraps(method)
+    def locked(self: "MelFusionPipeline", *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return locked
 
 
 class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
@@ -68,6 +94,11 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
     are blended by a learned `synapse` into the attention of a text-to-music UNet while that denoises music latents.
     Source: Chowdhury et al., "MeLFusion: Synthesizing Music from Image and Language Cues using Diffusion Models",
     CVPR 2024, arXiv 2406.04673.
+
+    Threads may share a pipeline: their calls run one after the other. A call keeps its state in the pipeline, its
+    processors in the UNets and its timesteps in the scheduler, and pipelines may share these (`from_pipe`,
+    components), so one lock serves all MeLFusion pipelines of a process. For several devices at once start a process
+    for each. Pipelines of other classes do not know of the lock: do not run them on the same UNets at the same time.
 
     Args:
         vae: Of mel spectrograms, as in AudioLDM.
@@ -86,6 +117,8 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     model_cpu_offload_seq = "text_encoder->image_text_encoder->image_vae->image_unet->synapse->unet->vae->vocoder"
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
+    # Of the class: copies, pickles and pipelines that share components all find the same one.
+    _lock = threading.RLock()
 
     def __init__(
         self,
@@ -178,6 +211,7 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
         output_type: str,
         cross_attention_kwargs: dict[str, Any] | None,
         callback_on_step_end_tensor_inputs: list[str],
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
     ) -> tuple[int, int]:
         """Refuses arguments of `__call__` that cannot work, before any model runs.
 
@@ -189,17 +223,24 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
             ValueError: If a value is out of range or contradicts another one. Either names argument, value and remedy.
         """
         _check_integer("num_inference_steps", num_inference_steps, 1, self.scheduler.config.num_train_timesteps)
-        _check_integer("num_waveforms_per_prompt", num_waveforms_per_prompt, 1)
+        _check_integer("num_waveforms_per_prompt", num_waveforms_per_prompt, 1, MAX_WAVEFORMS_PER_PROMPT)
         _check_real("guidance_scale", guidance_scale)
         _check_real("eta", eta, 0.0, 1.0)
         frame_length = self.vae_scale_factor * self._seconds_per_frame
-        _check_real("audio_length_in_s", audio_length_in_s, frame_length * (1 - 1e-6))
+        _check_real("audio_length_in_s", audio_length_in_s, frame_length * (1 - 1e-6), MAX_AUDIO_LENGTH_IN_S)
         _check_choice("output_type", output_type, OUTPUT_TYPES)
         if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, dict):
             raise TypeError(f"`cross_attention_kwargs` must be a dict or None, got {cross_attention_kwargs!r}.")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise TypeError(f"`callback_on_step_end` must be callable or None, got {callback_on_step_end!r}.")
+        if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
+            raise TypeError(
+                f"`callback_on_step_end_tensor_inputs` must be a list, got {callback_on_step_end_tensor_inputs!r}."
+            )
         for name in callback_on_step_end_tensor_inputs:
             _check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
 
+        self._check_components()
         num_images = 0
         if image is not None and image_features is not None:
             raise ValueError("Pass `image` or `image_features`, not both: the features already stand for the picture.")
@@ -226,8 +267,7 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
         batch_size = max(num_prompts, num_images) * num_waveforms_per_prompt
         self._check_generator(generator, batch_size)
         if latents is not None:
-            if not isinstance(latents, torch.Tensor):
-                raise TypeError(f"`latents` must be a torch tensor, got {type(latents).__name__}.")
+            _check_float_tensor("latents", latents)
             shape = (batch_size, *self._latent_shape(audio_length_in_s))
             if tuple(latents.shape) != shape:
                 raise ValueError(
@@ -257,8 +297,7 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
                 raise ValueError(f"Pass `{name}` or `{name}_embeds`, not both: got {text!r} and a tensor.")
             if embeds is None:
                 continue
-            if not isinstance(embeds, torch.Tensor):
-                raise TypeError(f"`{name}_embeds` must be a torch tensor, got {type(embeds).__name__}.")
+            _check_float_tensor(f"{name}_embeds", embeds)
             width = self.unet.config.projection_class_embeddings_input_dim
             if embeds.ndim != 2 or embeds.shape[1] != width or not len(embeds):
                 raise ValueError(f"`{name}_embeds` must have the shape [prompts, {width}], got {list(embeds.shape)}.")
@@ -290,9 +329,10 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
             raise ValueError(f"`image_prompt` must be one text or {num_images}, one a picture, got {image_prompt!r}.")
         if image_size is not None:
             _check_integer("image_size", image_size, self.image_vae_scale_factor)
-            if image_size % self.image_vae_scale_factor:
+            if image_size % self.image_vae_scale_factor or image_size > MAX_IMAGE_SIZE:
                 raise ValueError(
-                    f"`image_size` must be a multiple of {self.image_vae_scale_factor} pixels, got {image_size}."
+                    f"`image_size` must be a multiple of {self.image_vae_scale_factor} pixels, at most"
+                    f" {MAX_IMAGE_SIZE}, got {image_size}."
                 )
         prediction_type = self.image_scheduler.config.prediction_type
         _check_choice("image_scheduler.config.prediction_type", prediction_type, PREDICTION_TYPES)
@@ -304,7 +344,29 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
             )
         self.synapse.check_unets(None, self.unet)
         self.synapse.check_image_features(image_features.keys)
+        tensors = (*image_features.keys.values(), *image_features.values.values())
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise ValueError("`image_features` holds NaN or infinite values.")
         return image_features.num_images
+
+    def _check_components(self) -> None:
+        """Refuses components that have taken one another's place, as far as they can be told apart."""
+        if self.unet is not None and self.unet.config.class_embed_type != "simple_projection":
+            raise ValueError(
+                "`unet` must condition on CLAP embeddings, but its class_embed_type is"
+                f" {self.unet.config.class_embed_type!r}: is it the picture's?"
+            )
+        for name, channels in (("vae", 1), ("image_vae", 3)):
+            vae = getattr(self, name)
+            if vae is not None and vae.config.out_channels != channels:
+                raise ValueError(f"`{name}` must decode to {channels} channels, but has {vae.config.out_channels}.")
+        for name in ("", "image_"):
+            tokenizer, encoder = getattr(self, f"{name}tokenizer"), getattr(self, f"{name}text_encoder")
+            if None not in (tokenizer, encoder) and len(tokenizer) > encoder.config.vocab_size:
+                raise ValueError(
+                    f"`{name}tokenizer` knows {len(tokenizer)} tokens, but `{name}text_encoder` only"
+                    f" {encoder.config.vocab_size}: they do not belong together."
+                )
 
     def _check_synapse_scale(self, synapse_scale: float | list[float]) -> None:
         num_layers = len(self.synapse.config.music_layers)
@@ -331,6 +393,7 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
             )
 
     @torch.no_grad()
+    @_one_at_a_time
     def encode_prompt(
         self,
         prompt: str | list[str] | None = None,
@@ -383,6 +446,7 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
         return F.normalize(embeds, dim=-1)
 
     @torch.no_grad()
+    @_one_at_a_time
     def encode_image(
         self,
         image: Image,
@@ -446,8 +510,13 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
         return latents.float() * self.image_vae.config.scaling_factor
 
     @torch.no_grad()
+    @_one_at_a_time
     def encode_image_prompt(self, image_prompt: str | list[str] = "", num_images: int = 1) -> torch.Tensor:
-        """Encodes the text for the picture's UNet: one for all pictures, or one a picture.
+        """Encodes the text for the picture's UNet.
+
+        Args:
+            image_prompt: One text for all pictures, or one a picture.
+            num_images: The number of pictures.
 
         Returns:
             `[num_images, tokens, channels]` in the dtype of `image_unet`.
@@ -477,6 +546,14 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
     ) -> torch.Tensor:
         """Draws the initial noise, or takes `latents`, at the scheduler's initial scale.
 
+        Args:
+            batch_size: The number of waveforms.
+            audio_length_in_s: Their length in seconds.
+            dtype: Of the result.
+            device: Of the result.
+            generator: For reproducible noise; one, or one for each waveform.
+            latents: Unscaled noise `[batch_size, channels, time, frequency]`, in place of the generator's.
+
         Returns:
             `[batch_size, channels, time, frequency]`.
         """
@@ -500,12 +577,19 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decodes music latents `[batch, channels, time, frequency]` to log-mel `[batch, 1, frames, bands]`."""
+        """Decodes music `latents` `[batch, channels, time, frequency]` to log-mel `[batch, 1, frames, bands]`."""
         return self.vae.decode((1 / self.vae.config.scaling_factor * latents).to(self.vae.dtype)).sample
 
     @torch.no_grad()
     def mel_spectrogram_to_waveform(self, mel_spectrogram: torch.Tensor) -> torch.Tensor:
-        """Turns log-mel `[batch, 1, frames, bands]` into waveforms `[batch, samples]`, float32, on the CPU."""
+        """Turns log-mel spectrograms into waveforms.
+
+        Args:
+            mel_spectrogram: `[batch, 1, frames, bands]` or `[batch, frames, bands]`.
+
+        Returns:
+            `[batch, samples]`, float32, on the CPU.
+        """
         if mel_spectrogram.ndim == 4:
             mel_spectrogram = mel_spectrogram.squeeze(1)
         return self.vocoder(mel_spectrogram.to(self.vocoder.dtype)).cpu().float()
@@ -554,6 +638,7 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
         return noise_pred
 
     @torch.no_grad()
+    @_one_at_a_time
     def __call__(
         self,
         image: Image | None = None,
@@ -660,6 +745,7 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
             output_type,
             cross_attention_kwargs,
             callback_on_step_end_tensor_inputs,
+            callback_on_step_end,
         )
         self._guidance_scale = guidance_scale
         self._image_guidance_scale = image_guidance_scale
@@ -728,6 +814,8 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
                     tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
                     tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     returned = callback_on_step_end(self, i, t, tensors) or {}
+                    if not isinstance(returned, dict):
+                        raise TypeError(f"`callback_on_step_end` must return a dict or None, got {returned!r:.80}.")
                     latents = returned.pop("latents", latents)
                     prompt_embeds = returned.pop("prompt_embeds", prompt_embeds)
                 if (i + 1) % self.scheduler.order == 0 or i == len(timesteps) - 1:
@@ -770,8 +858,11 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
             music_model: Hub id or folder of an AudioLDM or MusicLDM checkpoint.
             synapse: Hub id or folder (of a synapse alone or of a whole pipeline), a `VisualSynapse`, or None:
                 untrained, with alpha = 0, so that the music does not follow the picture yet.
-            **kwargs: `torch_dtype` (or `dtype`), `variant`, `cache_dir`, `token`, `revision`, `local_files_only`, ...,
+            **kwargs: `torch_dtype` (or dtype), `variant`, `cache_dir`, `token`, `revision`, `local_files_only`, ...,
                 as `from_pretrained` takes them. Only safetensors weights are read.
+
+        Returns:
+            A pipeline with every component.
 
         Raises:
             ValueError: If a UNet needs a conditioning that this pipeline does not give, or the decoders do not match.
@@ -782,11 +873,15 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
         hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
 
         def load(component_class: type, model: str | os.PathLike, subfolder: str) -> Any:
-            if issubclass(component_class, ModelMixin):
-                return component_class.from_pretrained(model, subfolder=subfolder, torch_dtype=dtype, **kwargs)
-            if issubclass(component_class, torch.nn.Module):
-                return component_class.from_pretrained(model, subfolder=subfolder, dtype=dtype, **kwargs)
-            return component_class.from_pretrained(model, subfolder=subfolder, **hub_kwargs)
+            folder = Path(model, subfolder)
+            with _named_errors(folder):
+                if not issubclass(component_class, torch.nn.Module):
+                    return component_class.from_pretrained(model, subfolder=subfolder, **hub_kwargs)
+                dtype_name = "torch_dtype" if issubclass(component_class, ModelMixin) else "dtype"
+                load_kwargs = {**kwargs, dtype_name: dtype}
+                component = component_class.from_pretrained(model, subfolder=subfolder, **load_kwargs)
+            _check_weights(component, folder)
+            return component
 
         scheduler_config = DDIMScheduler.load_config(music_model, subfolder="scheduler", **hub_kwargs)
         components = {
@@ -818,18 +913,59 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
         A folder whose index names another folder inside it as the checkpoint is followed there: so the root of this
         project's repository loads its bundled checkpoint.
 
+        Args:
+            pretrained_model_name_or_path: Hub id or folder.
+            **kwargs: As `DiffusionPipeline.from_pretrained` takes them.
+
+        Returns:
+            The pipeline; the checkpoint's own code does not run.
+
         Raises:
-            FileNotFoundError: If the folder named by the index does not exist.
-            ValueError: If the folder named by the index lies outside.
+            OSError: If files are missing or incomplete, also those of a folder named by the index.
+            ValueError: If files are no JSON, or hold something else than the index says, or not all of the weights, or
+                the folder named by the index lies outside. Either names the file or the folder.
         """
         kwargs.setdefault("use_safetensors", True)
-        return super().from_pretrained(_follow_index(pretrained_model_name_or_path, cls.config_name), **kwargs)
+        source = _follow_index(pretrained_model_name_or_path, cls.config_name)
+        index = Path(source, cls.config_name)
+        if index.is_file():
+            _check_checkpoint(index, inspect.signature(cls).parameters.keys() - kwargs.keys())
+        with _named_errors(source):
+            pipe = super().from_pretrained(source, **kwargs)
+            pipe._check_components()
+            if pipe.synapse is not None:
+                pipe.synapse.check_unets(pipe.image_unet, pipe.unet)
+        for name in pipe.components.keys() - kwargs.keys():
+            _check_weights(getattr(pipe, name), Path(source, name))
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "MelFusionPipeline":
+        """Makes another pipeline of the same components, without memory of its own.
+
+        Args:
+            pipeline: The pipeline that has them.
+            **kwargs: As `DiffusionPipeline.from_pipe` takes them, such as a component to use instead.
+
+        Returns:
+            The other pipeline.
+        """
+        # diffusers hands over models of the annotated class only, and this file must not import the synapse's.
+        kwargs.setdefault("synapse", getattr(pipeline, "synapse", None))
+        return super().from_pipe(pipeline, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Saves the pipeline with the code that loads it, as `DiffusionPipeline.save_pretrained`.
 
-        Everything is written beside `save_directory` first and moved there file by file when it is complete. Weights
-        are safetensors whatever `safe_serialization` says.
+        Everything is written to a hidden folder in `save_directory` first and moved file by file when it is complete,
+        so that a full disk leaves what was there before. Weights are safetensors whatever `safe_serialization` says.
+
+        Args:
+            save_directory: The folder, made if it does not exist.
+            **kwargs: As `DiffusionPipeline.save_pretrained` takes them, such as `variant`.
+
+        Raises:
+            ValueError: If `save_directory` is a file.
         """
         if not kwargs.pop("safe_serialization", True):
             logger.warning("`safe_serialization=False` is ignored: this pipeline saves safetensors only.")
@@ -839,7 +975,8 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", target.name)
         target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}-") as staging:
+        # Inside, because the folder may be a mount of its own, to which nothing can be moved from outside.
+        with tempfile.TemporaryDirectory(dir=target, prefix=".partial-") as staging:
             super().save_pretrained(staging, **kwargs)
             # The index last: where it lies, what it names is complete.
             files = sorted(Path(staging).rglob("*"), key=lambda file: file.name == self.config_name)
@@ -850,7 +987,10 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
                     os.replace(file, destination)
 
     def save_config(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Writes `model_index.json` and, beside it, the code that loads the checkpoint without this package."""
+        """Writes `model_index.json` and, beside it, the code that loads the checkpoint without this package.
+
+        Arguments are those of `ConfigMixin.save_config`; the files go into `save_directory`.
+        """
         for name in CODE_FILES:
             shutil.copyfile(Path(__file__).with_name(name), Path(save_directory, name))
         if self.synapse is not None:
@@ -878,7 +1018,7 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Reads the index; the synapse's class is then the installed one, not the checkpoint's file."""
+        """Reads the index, as `ConfigMixin.load_config`; the synapse's class is the installed one, not the file's."""
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         installed = f"{__package__}.modeling_melfusion"
@@ -888,10 +1028,14 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
 
 
 def _follow_index(folder: str | os.PathLike, index_name: str) -> str | os.PathLike:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"`pretrained_model_name_or_path` must be a str or a path, got {folder!r}.")
     index = Path(folder, index_name)
-    checkpoint = json.loads(index.read_text()).get(CHECKPOINT_KEY) if index.is_file() else None
+    checkpoint = _read_json(index).get(CHECKPOINT_KEY) if index.is_file() else None
     if checkpoint is None:
         return folder
+    if not isinstance(checkpoint, str) or "\0" in checkpoint:
+        raise ValueError(f"{index}: `{CHECKPOINT_KEY}` must be the path of a folder, got {checkpoint!r:.80}.")
     root = Path(folder).resolve()
     target = (root / checkpoint).resolve()
     if not target.is_relative_to(root):
@@ -903,6 +1047,89 @@ def _follow_index(folder: str | os.PathLike, index_name: str) -> str | os.PathLi
             " checkpoint."
         )
     return target
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {content!r:.80}.")
+    return content
+
+
+def _check_checkpoint(index: Path, names: Iterable[str]) -> None:
+    """Refuses a folder whose files are missing, damaged or swapped: much of it would load, or fail without a name.
+
+    Args:
+        index: `model_index.json` in the folder.
+        names: The components that are to be loaded.
+    """
+    entries = _read_json(index)
+    if "_class_name" not in entries:
+        raise ValueError(f"{index} is damaged or another file: it holds no _class_name.")
+    for name, entry in entries.items():
+        if name not in names or entry == [None, None]:
+            continue
+        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
+            raise ValueError(f"{index}: `{name}` must be a pair of library and class, got {entry!r:.80}.")
+        _check_component_files(index.with_name(name), entry[1])
+
+
+def _check_component_files(folder: Path, class_name: str) -> None:
+    kind = next((kind for kind in ("scheduler_", "tokenizer_") if kind[:-1] in class_name.lower()), "")
+    config = folder / f"{kind}config.json"
+    contents = {file.name: _read_json(file) for file in sorted(folder.glob("*.json"))}
+    if config.name not in contents:
+        raise FileNotFoundError(f"{config} is missing.")
+    if kind == "tokenizer_" and not contents.keys() & {"tokenizer.json", "vocab.json"}:
+        raise FileNotFoundError(f"{folder / 'tokenizer.json'} is missing: the tokenizer would know no words.")
+    for name, keys in IDENTITY_KEYS.items():
+        if name in contents and not contents[name].keys() & set(keys):
+            raise ValueError(f"{folder / name} is damaged or another file: it holds no {' or '.join(keys)}.")
+
+    found = contents[config.name].get("_class_name") or contents[config.name].get("tokenizer_class")
+    family = str(contents[config.name].get("model_type", "")).partition("_")[0]
+    if (found and str(found).removesuffix("Fast") != class_name.removesuffix("Fast")) or (
+        not found and family not in class_name.lower()
+    ):
+        raise ValueError(f"{config} is of a {found or family}, the index names a {class_name}: are folders swapped?")
+    for file in sorted(folder.glob("*.safetensors")):
+        _weight_names(file)
+
+
+def _weight_names(file: Path) -> set[str]:
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return set(weights.keys())
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{file} is no complete safetensors file: {error}. Get it again.") from error
+
+
+def _check_weights(component: Any, folder: Path) -> None:
+    """Refuses a component that its files hold in part only: the libraries leave the rest at random with a warning."""
+    if not isinstance(component, torch.nn.Module) or getattr(component, "hf_quantizer", None) is not None:
+        return
+    stored = set().union(*map(_weight_names, folder.glob("*.safetensors")))
+    missing = component.state_dict().keys() - stored
+    # Older files have other names for some weights, which the libraries know: those are not missing.
+    if stored and len(missing) > len(stored - component.state_dict().keys()):
+        names = ", ".join(sorted(missing)[:3])
+        raise ValueError(f"{folder} holds too few weights for a {type(component).__name__}: no {names}, ...")
+
+
+@contextmanager
+def _named_errors(source: str | os.PathLike) -> Iterator[None]:
+    """Gives an error that does not say what could not be loaded a name."""
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        if os.fspath(source) in str(error):
+            raise
+        raise ValueError(f"{os.fspath(source)} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def _load_synapse(synapse_class: type, synapse: str | os.PathLike, **kwargs: Any) -> ModelMixin:
@@ -953,10 +1180,20 @@ def _check_text(name: str, text: Any) -> None:
         raise TypeError(f"`{name}` must be a str or a list of str, got {text!r}.")
     if not texts:
         raise ValueError(f"`{name}` is an empty list: pass one text at least.")
+    try:
+        "".join(texts if text is not None else []).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"`{name}` holds characters that belong to no text: {error}.") from error
+
+
+def _check_float_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        found = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"`{name}` must be a torch tensor of floating-point numbers, got {found}.")
 
 
 def _check_choice(name: str, value: Any, choices: Any) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
 
 
@@ -971,6 +1208,7 @@ def _check_integer(name: str, value: Any, minimum: int, maximum: int | None = No
 def _check_real(name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    if not math.isfinite(value) or not minimum <= value <= maximum:
+    # Compared instead of converted: an int may be larger than any float.
+    if not max(minimum, -sys.float_info.max) <= value <= min(maximum, sys.float_info.max):
         limits = "" if minimum == -math.inf else f" and in [{minimum:g}, {maximum:g}]"
         raise ValueError(f"`{name}` must be finite{limits}, got {value}.")

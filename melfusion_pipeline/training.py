@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.training_utils import compute_snr
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 from diffusers.utils.logging import tqdm
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -30,7 +30,10 @@ FROZEN_TOWERS = ("vae", "text_encoder", "vocoder", "image_vae", "image_text_enco
 
 
 class Draw(NamedTuple):
-    """What is random in a batch, row by row: it depends neither on the other rows nor on which process has them."""
+    """What is random in a batch, row by row: it depends neither on the other rows nor on which process has them.
+
+    `timesteps`, `keeps_text` and `keeps_image` are `[B]`; `generators` has one a row, for what is drawn later.
+    """
 
     timesteps: torch.Tensor
     keeps_text: torch.Tensor
@@ -89,14 +92,14 @@ class TrajectoryCache:
         return hashlib.sha256(json.dumps(settings).encode() + weights).digest()
 
     def path(self, image_path: str) -> Path:
-        """Names the file of a picture, whether it exists or not."""
+        """Names the file of the picture `image_path`, whether it exists or not."""
         if image_path not in self._paths:
             digest = hashlib.sha256(self._fingerprint + Path(image_path).read_bytes()).hexdigest()
             self._paths[image_path] = self.folder / f"{digest}.safetensors"
         return self._paths[image_path]
 
     def missing(self, image_paths: Sequence[str]) -> list[str]:
-        """Lists the pictures whose trajectories are not there yet, each content once."""
+        """Lists those of `image_paths` whose trajectories are not there yet, each content once."""
         by_file = {self.path(image_path): image_path for image_path in image_paths}
         return [image_path for file, image_path in by_file.items() if not file.is_file()]
 
@@ -109,7 +112,14 @@ class TrajectoryCache:
     def build(
         self, image_paths: Sequence[str], batch_size: int = 4, process_index: int = 0, num_processes: int = 1
     ) -> None:
-        """Computes what is missing, this process's share of it, with a progress bar; may be stopped and repeated."""
+        """Computes what is missing, with a progress bar; may be stopped and repeated.
+
+        Args:
+            image_paths: The pictures.
+            batch_size: How many are inverted at once.
+            process_index: The number of this process, from 0.
+            num_processes: How many processes share the work.
+        """
         own = self.missing(image_paths)[process_index::num_processes]
         with tqdm(total=len(own), desc="Inverting pictures", disable=not own) as bar:
             for start in range(0, len(own), batch_size):
@@ -140,8 +150,8 @@ class TrajectoryCache:
         latents = []
         for image_path, step in zip(image_paths, steps.tolist()):
             with safe_open(self.path(image_path), framework="pt") as file:
-                latents.append(file.get_slice("latents")[step])
-        return torch.stack(latents).float(), self.timesteps[steps]
+                latents.append(file.get_slice("latents")[step].float())
+        return torch.stack(latents), self.timesteps[steps]
 
 
 def _hash_weights(*models: nn.Module) -> bytes:
@@ -155,8 +165,13 @@ def _hash_weights(*models: nn.Module) -> bytes:
 
 def _write_tensor(name: str, tensor: torch.Tensor, path: Path) -> None:
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({name: tensor.contiguous()}, partial)
-    os.replace(partial, path)
+    try:
+        save_file({name: tensor.contiguous()}, partial)
+        os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class MusicLatentCache:
@@ -198,7 +213,8 @@ class MusicLatentCache:
             mel = waveform_to_mel(waveform, SAMPLING_RATE, self.vae)
             moments = self.vae.encode(mel[:, None].to(self.vae.dtype)).latent_dist.parameters[0]
             _write_tensor("moments", moments.to(torch.float16).cpu(), path)
-        return load_file(path)["moments"]
+        # Half precision cannot be stacked under autocast to bfloat16.
+        return load_file(path)["moments"].float()
 
 
 class MelFusionObjective(nn.Module):
@@ -206,7 +222,7 @@ class MelFusionObjective(nn.Module):
 
     Implements algorithm 1 of MeLFusion (arXiv 2406.04673): `|| eps - eps_theta(z_t^M, t, Y, K^I, V^I) ||^2` with the
     picture's keys and values at the same t. Only what is trained is registered as a submodule, so that DDP, FSDP and
-    `state_dict` deal with nothing else; the frozen models stay with the pipeline.
+    state dicts deal with nothing else; the frozen models stay with the pipeline.
 
     Args:
         pipe: The pipeline, on its device; see `freeze`.
@@ -214,6 +230,9 @@ class MelFusionObjective(nn.Module):
         trajectories: The pictures' inverted latents (faithful). None noises `z_0^I`, as the authors' code does.
         music_latents: The clips' encodings. None encodes each batch anew.
         snr_gamma: Min-SNR weighting (arXiv 2303.09556, section 3.4). None weighs all timesteps alike.
+        logit_mean: Draws timesteps in training from a logit-normal density with this mean and deviation 1
+            (arXiv 2403.03206, equation 19; above 0 more of the high noise levels, where a picture has most to say).
+            None draws them evenly.
         text_dropout: The probability with which a row's text is dropped in training.
         image_dropout: The probability with which a row's picture is dropped in training, independently.
         seed: Timesteps, noise and dropping are keyed by (seed, step, row of the data set).
@@ -229,6 +248,7 @@ class MelFusionObjective(nn.Module):
         trajectories: TrajectoryCache | None = None,
         music_latents: MusicLatentCache | None = None,
         snr_gamma: float | None = None,
+        logit_mean: float | None = None,
         text_dropout: float = 0.1,
         image_dropout: float = 0.1,
         seed: int = 0,
@@ -239,7 +259,7 @@ class MelFusionObjective(nn.Module):
         self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         if self.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"Cannot train for prediction_type={self.scheduler.config.prediction_type!r}.")
-        self.pipe, self.snr_gamma, self.seed = pipe, snr_gamma, seed
+        self.pipe, self.snr_gamma, self.logit_mean, self.seed = pipe, snr_gamma, logit_mean, seed
         self.trajectories, self.music_latents = trajectories, music_latents
         self.text_dropout, self.image_dropout = text_dropout, image_dropout
         self.trained = nn.ModuleDict({name: getattr(pipe, name) for name in TRAINABLE[trainable]})
@@ -262,19 +282,28 @@ class MelFusionObjective(nn.Module):
         Args:
             indices: `[B]`, the rows' numbers in the data set.
             step: The optimisation step.
+
+        Returns:
+            Timesteps and what is kept, each `[B]`, and the generators.
         """
         generators = []
         for index in indices.tolist():
             (key,) = np.random.SeedSequence([self.seed, step, index]).generate_state(1, np.uint64)
             generators.append(torch.Generator().manual_seed(int(key)))
-        num_timesteps = self.scheduler.config.num_train_timesteps
-        timesteps = torch.cat([torch.randint(num_timesteps, (1,), generator=generator) for generator in generators])
+        timesteps = torch.cat([self._draw_timestep(generator) for generator in generators])
         chances = torch.stack([torch.rand(2, generator=generator) for generator in generators])
         keeps = chances >= torch.tensor([self.text_dropout, self.image_dropout]) if self.training else chances >= 0
         return Draw(timesteps, *keeps.unbind(dim=1), generators)
 
+    def _draw_timestep(self, generator: torch.Generator) -> torch.Tensor:
+        num_timesteps = self.scheduler.config.num_train_timesteps
+        if self.logit_mean is None or not self.training:
+            return torch.randint(num_timesteps, (1,), generator=generator)
+        share = compute_density_for_timestep_sampling("logit_normal", 1, self.logit_mean, 1.0, generator=generator)
+        return (share * num_timesteps).long().clamp(max=num_timesteps - 1)
+
     def forward(self, batch: dict, step: int) -> torch.Tensor:
-        """Gives the mean loss of a batch; see `per_sample_loss`."""
+        """Gives the mean loss of a batch; its arguments are those of `per_sample_loss`."""
         return self.per_sample_loss(batch, step).mean()
 
     def per_sample_loss(self, batch: dict, step: int) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """Tiny components of the real classes, built locally, and the settings that all tests share."""
 
 import os
+from contextlib import contextmanager
+from pathlib import Path
 
 import diffusers.utils.dynamic_modules_utils
 import huggingface_hub
@@ -51,9 +53,15 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
+def hub(tmp_path):
     """A Hub on the loopback interface, to which everything in this process and its children talks."""
-    home = tmp_path / "huggingface"
+    with pytest.MonkeyPatch.context() as monkeypatch, use_hub(tmp_path / "huggingface", monkeypatch) as hub:
+        yield hub
+
+
+@contextmanager
+def use_hub(home: Path, monkeypatch: pytest.MonkeyPatch):
+    """Starts a Hub and points to it all that reads the Hub's address, here and in child processes."""
     constants = huggingface_hub.constants
     with HubStandIn() as hub:
         for name, value in hub.environment(home).items():

@@ -49,7 +49,7 @@ def textbook_attention(attn, hidden_states, context, image_key, image_value, alp
 @pytest.mark.parametrize("position", ["no text", "text", "text with mask"])
 def test_blending_equals_a_textbook_implementation(projection: str, position: str):
     torch.manual_seed(1)
-    text, branches, pictures, waveforms = position != "no text", 2, 2, 2
+    text, branches, pictures, waveforms = position != "no text", 2, 3, 2
     attn = Attention(16, 24 if text else 16, heads=4, dim_head=4).double()
     synapse = VisualSynapse(["a"], [20], ["b"], [16], [0], projection=projection).double()
     if projection == "linear":
@@ -133,6 +133,42 @@ def ready_blenders(unet: UNet2DConditionModel, alpha: float | torch.Tensor, step
     return blenders, readings
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.6])
+def test_what_a_layer_does_beside_attending_is_kept(alpha: float):
+    """Norms of queries, keys and text, residual and scale: as diffusers' own processor, with what is blended given."""
+    torch.manual_seed(0)
+    options = {"qk_norm": "layer_norm", "cross_attention_norm": "layer_norm", "residual_connection": True}
+    attn = Attention(16, 24, heads=4, dim_head=4, rescale_output_factor=2.0, **options)
+    for norm in (attn.norm_q, attn.norm_k, attn.norm_cross):
+        torch.nn.init.normal_(norm.weight)
+    hidden_states, text = torch.randn(2, 5, 16), torch.randn(2, 7, 24)
+    key, value = torch.randn(2, 1, 7, 16)
+    processor = BlendKVAttnProcessor(KVCell())
+    processor.cell.write(key, value)
+    processor.alpha = torch.full((1, 1, 1, 1, 1), alpha)
+    with torch.no_grad():
+        hooks = [
+            module.register_forward_hook(lambda _, __, music, image=image: torch.lerp(music, image, alpha))
+            for module, image in ((attn.to_k, key), (attn.to_v, value))
+        ]
+        expected = attn(hidden_states, text)
+        for hook in hooks:
+            hook.remove()
+        attn.set_processor(processor)
+        torch.testing.assert_close(attn(hidden_states, text), expected)
+
+
+def test_every_layer_gets_its_own_alpha_keys_and_values():
+    layers = ["a", "b", "c"]
+    blenders = KVBlenders(layers)
+    given = {layer: tuple(torch.randn(2, 1, 3, 4)) for layer in layers}
+    alphas = torch.rand(3, 2)
+    blenders.read(given, alphas)
+    for index, layer in enumerate(layers):
+        assert torch.equal(blenders[layer].alpha.flatten(), alphas[index])
+        assert blenders[layer].cell.read()[0] is given[layer][0] and blenders[layer].cell.read()[1] is given[layer][1]
+
+
 def test_alpha_zero_is_the_unet_bit_for_bit():
     torch.manual_seed(0)
     unet = music_unet().eval()
@@ -205,6 +241,10 @@ def test_attention_backends_reach_the_blending_processors():
         unet.set_attention_backend("_native_math")
         assert all(processor._attention_backend.value == "_native_math" for processor in blenders.values())
         unet.set_attention_backend("native")
+        # Backends agree in their results: only one that does not exist shows that the choice is passed on.
+        blenders[next(iter(blenders))]._attention_backend = "nonsense"
+        with pytest.raises(ValueError, match="nonsense"):
+            unet(**inputs)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

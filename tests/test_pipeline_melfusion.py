@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -229,6 +230,7 @@ def test_a_callback_can_change_latents_prompts_and_guidance_and_interrupt(pipe, 
         callback_on_step_end_tensor_inputs=names,
     )
     assert not latents.any() and pipe.num_timesteps == 5
+    assert pipe.guidance_scale == 0.0 and pipe.image_guidance_scale is None
     assert [(step, rows) for step, _, rows in seen] == [(0, 4), (1, 4), (2, 2)]
 
 
@@ -261,6 +263,12 @@ def test_a_call_unlike_the_training_warns(pipe, image, caplog):
     run(pipe, image, PROMPTS[0], num_inversion_steps=3, image_size=48)
     diffusers.utils.logging.disable_propagation()
     assert "num_inversion_steps=2" in caplog.text and "image_size=32" in caplog.text
+    assert "this call inverts" not in caplog.text
+    pipe.synapse.register_to_config(image_latents="noising")
+    diffusers.utils.logging.enable_propagation()
+    run(pipe, image, PROMPTS[0])
+    diffusers.utils.logging.disable_propagation()
+    assert "trained with image latents from 'noising', this call inverts" in caplog.text
 
 
 # -------------------------------------------------------------------------------- diffusers' own battery of behaviours
@@ -458,6 +466,30 @@ def test_features_of_another_unet_or_beside_a_picture_are_refused(strict_pipe, p
     for keys in (narrow, {f"other.{name}": key for name, key in features.keys.items() if name != layer}):
         with pytest.raises(ValueError, match="`image_features` does not fit"):
             strict_pipe(prompt="a piano", image_features=ImageFeatures(keys, keys, features.timesteps))
+
+
+@pytest.mark.parametrize("name", ["unet", "vae", "tokenizer"])
+def test_components_in_one_anothers_place_are_refused_also_without_a_picture(strict_pipe, name):
+    components = strict_pipe.components
+    swapped = {name: components[f"image_{name}"], f"image_{name}": components[name]}
+    with pytest.raises(ValueError, match=f"^`(image_)?{name}` "):
+        MelFusionPipeline(**{**components, **swapped})(prompt="a piano")
+
+
+def test_features_with_nan_and_texts_without_an_encoder_are_refused(pipe, image):
+    features = pipe.encode_image(image, num_inversion_steps=2)
+    broken = replace(features, values={layer: value * math.nan for layer, value in features.values.items()})
+    with pytest.raises(ValueError, match="`image_features` holds NaN or infinite values"):
+        run(pipe, None, PROMPTS[0], image_features=broken)
+    pipe.text_encoder = None
+    with pytest.raises(ValueError, match="cannot be encoded without `text_encoder`"):
+        run(pipe, None, PROMPTS[0])
+
+
+def test_a_file_in_place_of_the_folder_is_refused(pipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="`save_directory` must be a folder, got the file"):
+        pipe.save_pretrained(tmp_path / "file")
 
 
 def test_swapped_unets_and_unknown_predictions_are_refused(components, image):

@@ -18,6 +18,7 @@ import torch
 import train_melfusion
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import generator, photograph
+from full_disk import contents, on_a_full_disk
 from untrained import untrained_components
 
 from melfusion_pipeline import MelFusionPipeline
@@ -198,6 +199,31 @@ def test_sigkill_at_a_random_moment_loses_nothing(workspace, tmp_path, kills):
     assert killed == kills
     resumed = train(workspace, output, resume_from_checkpoint="latest", **flags)
     np.testing.assert_allclose(resumed, whole, atol=1e-6)
+
+
+def test_a_full_disk_spares_the_checkpoints_and_the_pipeline_that_were_there(workspace, tmp_path):
+    whole, output = train(workspace, tmp_path / "whole"), tmp_path / "full"
+    train(workspace, output, max_train_steps=3)
+
+    def largest(in_checkpoint: bool) -> int:
+        files = contents(output).items()
+        return max(len(content) for name, content in files if name.startswith("checkpoint-") == in_checkpoint)
+
+    limits = {"checkpoint": largest(True) // 2, "pipeline": (largest(True) + largest(False)) // 2}
+    assert limits["pipeline"] > largest(True)
+    for broken, limit in limits.items():
+        before = contents(output)
+        message = on_a_full_disk(lambda: train(workspace, output, resume_from_checkpoint="latest"), limit)
+        after = contents(output)
+        assert message != "written" and "losses.jsonl" in before
+        assert all(after[name] == content for name, content in before.items() if name != "losses.jsonl"), message
+        new = {Path(name).parts[0] for name in after.keys() - before.keys()}
+        assert new == (set() if broken == "checkpoint" else {"checkpoint-6"})
+        assert np.isfinite(play(MelFusionPipeline.from_pretrained(output))).all()
+    resumed = train(workspace, output, resume_from_checkpoint="latest")
+    np.testing.assert_allclose(resumed, whole, atol=1e-6)
+    one, other = (MelFusionPipeline.from_pretrained(folder) for folder in (tmp_path / "whole", output))
+    np.testing.assert_allclose(play(one), play(other), atol=1e-5)
 
 
 def latest_step(output: Path) -> int:

@@ -145,6 +145,18 @@ def test_dropping_has_its_probability_and_is_independent(training_pipe):
     assert draw.keeps_text.all() and draw.keeps_image.all()
 
 
+def test_timesteps_are_drawn_evenly_or_from_a_logit_normal_density(training_pipe):
+    even, high = (make_objective(training_pipe, logit_mean=mean) for mean in (None, 1.0))
+    indices = torch.arange(4000)
+    timesteps = {name: each.draw(indices, 0).timesteps.double() for name, each in (("even", even), ("high", high))}
+    assert all(0 <= each.min() and each.max() <= 999 for each in timesteps.values())
+    assert timesteps["even"].mean() == pytest.approx(499.5, abs=15)
+    logits = ((timesteps["high"] + 0.5) / 1000).logit()
+    assert logits.mean() == pytest.approx(1.0, abs=0.06) and logits.std() == pytest.approx(1.0, abs=0.06)
+    # Validation stays comparable.
+    assert torch.equal(high.eval().draw(indices, 0).timesteps, even.eval().draw(indices, 0).timesteps)
+
+
 def test_a_dropped_picture_is_alpha_zero_and_a_dropped_text_is_empty(training_pipe, batch):
     with torch.no_grad():
         dropped = make_objective(training_pipe, image_dropout=1.0, text_dropout=0.0)
@@ -288,6 +300,18 @@ def test_the_objective_reads_the_clips_from_their_cache(training_pipe, batch, tm
 
 
 # ---------------------------------------- two processes
+
+
+def test_caches_serve_training_in_mixed_precision(training_pipe, batch, tmp_path):
+    losses = []
+    for enabled in (False, True):
+        objective = make_objective(training_pipe, tmp_path)
+        objective.music_latents = MusicLatentCache(tmp_path / "music", training_pipe.vae)
+        with objective.attached(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(objective(batch, 0))
+    losses[1].backward()
+    assert training_pipe.synapse.alphas.grad.isfinite().all() and training_pipe.synapse.alphas.grad.any()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.02)
 
 
 def distributed_gradients(rank: int, port: int, folder, queue) -> None:

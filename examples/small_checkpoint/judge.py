@@ -1,5 +1,8 @@
 """Judges clips by what is measured in them and by the classifier, trained on real clips only; intervals by picture."""
 
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +47,9 @@ def judge(folder: Path, waveforms: torch.Tensor, rows: list[dict], tests: int = 
         Estimate, low and high end of the 95% interval of everything measured.
     """
     interval = partial(bootstrap_interval, groups=[row["picture"] for row in rows])
-    measured = [measure_music(waveform.numpy(), SAMPLING_RATE) for waveform in waveforms]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        measure = partial(measure_music, sampling_rate=SAMPLING_RATE)
+        measured = list(pool.map(measure, waveforms.numpy(), chunksize=10))
     heard = zip(("instrument", "mood bin"), classify(folder, waveforms, rows), strict=True)
     found = {name: interval(right.float().numpy()) for name, right in heard}
     for name, mood in FOLLOWS.items():

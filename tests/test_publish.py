@@ -1,0 +1,221 @@
+"""`examples/publish.py` against the loopback Hub: what it writes, uploads and leaves out, and how that loads."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import publish
+import pytest
+import soundfile
+import torch
+import yaml
+from conftest import generator, photograph
+from huggingface_hub import ModelCard
+from untrained import untrained_components
+
+from melfusion_pipeline import MelFusionPipeline
+
+STEPS = ("--num_inference_steps", "2", "--audio_length_in_s", "0.64")
+FACTS = {"trained": "the synapse", "starting from": "/home/somebody/old-pipeline and maker/music", "steps": 6}
+SCORES = {"FAD": [1.25, 1.0, 1.5], "IMSM matched": [0.5, 0.25, 0.75]}
+RESULTS = {
+    "settings": {"rows": 6, "triplets": "/home/somebody/set/test.jsonl", "IMSM": "CLIP /srv/models/clip, 6 captions"},
+    "systems": {
+        "melfusion": {"n": 6, "sampling_rate": 16000, "scores": SCORES},
+        "text-only": {"n": 6, "sampling_rate": 16000, "scores": {"FAD": [2.5, 2.0, 3.0]}},
+    },
+    "remarks": {"FD": "needs --classifier"},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """What training leaves: the pipeline, its facts, and much that nobody should publish."""
+    folder = tmp_path_factory.mktemp("trained")
+    MelFusionPipeline(**untrained_components()).save_pretrained(folder)
+    publish.write_training(folder, ["maker/music"], FACTS)
+    for name in (
+        "checkpoint-3/optimizer.bin",
+        "trajectories/1.safetensors",
+        "logs/events",
+        "unet/planted.bin",
+        ".env",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"not for the Hub")
+    return folder
+
+
+@pytest.fixture
+def arguments(trained, tmp_path) -> list[str]:
+    """A publication with everything: two samples, one of them with awkward names, and results."""
+    photograph(0, 600, 400).save(tmp_path / "Lightning at night!.jpg")
+    photograph(1).save(tmp_path / "fog.png")
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    given = ["--checkpoint", trained, "--hub_model_id", "you/mine", "--output", tmp_path / "published", *STEPS]
+    given += ["--sample", tmp_path / "Lightning at night!.jpg", 'a "slow" cello | harp', "--credits", "Pictures: me"]
+    given += ["--sample", tmp_path / "fog.png", "drums", "--results", tmp_path / "results.json"]
+    return list(map(str, given))
+
+
+def front_matter(folder: Path) -> dict:
+    return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+
+
+def snippets(card: str) -> list[str]:
+    return re.findall("```python\n(.*?)```", card, re.DOTALL)
+
+
+def test_a_dry_run_writes_a_complete_folder_and_uploads_nothing(arguments, tmp_path, hub):
+    publish.main([*arguments, "--dry_run"])
+    folder = tmp_path / "published"
+    assert hub.requests == [] and not hub.repositories
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    samples = {f"samples/{name}.{suffix}" for name in ("0-lightning-at-night", "1-fog") for suffix in ("jpg", "wav")}
+    assert samples | {"README.md", "LICENSE.md", "training.json", "pipeline_melfusion.py", "model_index.json"} <= names
+    assert not any("checkpoint-" in name or name.endswith((".bin", ".env")) for name in names)
+    assert len([name for name in names if name.endswith(".safetensors")]) == 8
+
+
+def test_a_sample_is_what_the_pipeline_makes_of_picture_and_prompt(arguments, trained, tmp_path):
+    publish.main([*arguments, "--dry_run", "--seed", "5"])
+    pipe = MelFusionPipeline.from_pretrained(trained)
+    call = {"num_inference_steps": 2, "audio_length_in_s": 0.64, "generator": generator(5)}
+    expected = pipe(photograph(1), "drums", **call).audios[0]
+    found, rate = soundfile.read(tmp_path / "published" / "samples" / "1-fog.wav")
+    assert rate == 16000
+    np.testing.assert_allclose(found, expected / max(1, np.abs(expected).max()), atol=1e-4)
+    picture = PIL.Image.open(tmp_path / "published" / "samples" / "0-lightning-at-night.jpg")
+    assert picture.size == (384, 256)
+
+
+def test_front_matter_is_complete_and_valid(arguments, tmp_path, hub):
+    choices = ["--license", "cc-by-nc-sa-4.0", "--base_model", "a/image", "b/music", "--dataset", "c/triplets"]
+    publish.main([*arguments, "--dry_run", *choices])
+    data = front_matter(tmp_path / "published")
+    assert data["pipeline_tag"] == "text-to-audio" and data["library_name"] == "diffusers"
+    assert data["license"] == "cc-by-nc-sa-4.0" and "license_name" not in data
+    assert data["base_model"] == ["a/image", "b/music"] and data["datasets"] == ["c/triplets"]
+    assert "image-to-music" in data["tags"]
+    assert [entry["text"] for entry in data["widget"]] == ['a "slow" cello | harp', "drums"]
+    for entry in data["widget"]:
+        assert (tmp_path / "published" / entry["output"]["url"]).is_file()
+    (entry,) = data["model-index"]
+    figures = {result["name"]: result["value"] for result in entry["results"][0]["metrics"]}
+    assert figures == {name: interval[0] for name, interval in SCORES.items()}
+    ModelCard.load(tmp_path / "published" / "README.md").validate()
+    assert hub.requests[-1][1:] == ("/api/validate-yaml", 200)
+
+
+def test_the_card_tells_how_it_was_trained_and_how_it_scored_but_no_folder_of_this_machine(arguments, tmp_path):
+    publish.main([*arguments, "--dry_run"])
+    folder = tmp_path / "published"
+    card, data = (folder / "README.md").read_text(), front_matter(folder)
+    assert "| starting from | old-pipeline and maker/music |" in card and "| steps | 6 |" in card
+    assert "| melfusion | 6 | 16000 | 1.25 [1, 1.5] |" in card and "- triplets: test.jsonl" in card
+    assert "CLIP clip, 6 captions" in card and "Pictures: me" in card and 'a "slow" cello \\| harp |' in card
+    assert "somebody" not in card and "/srv" not in card and str(tmp_path) not in card
+    assert "somebody" not in (folder / "training.json").read_text()
+    assert data["base_model"] == ["maker/music"] and (data["license"], data["license_link"]) == ("other", "LICENSE.md")
+    assert "https://huggingface.co/maker/music" in (folder / "LICENSE.md").read_text()
+    assert card.count("```python") == 2 and "@inproceedings{chowdhury2024melfusion," in card
+
+
+STRANGER = """
+import sys
+sys.modules["melfusion_pipeline"] = None  # what is not installed cannot be imported
+exec(compile(open("snippet.py").read(), "snippet.py", "exec"))
+import numpy as np
+np.save("audio.npy", audio)
+"""
+
+
+def test_what_is_published_loads_with_both_snippets_of_its_card(arguments, trained, tmp_path, hub, monkeypatch):
+    publish.main(arguments)
+    files = hub.files("you/mine")
+    assert not any(name.startswith(("checkpoint-", "trajectories/", "logs/", ".env")) for name in files)
+    assert not any(name.endswith(".bin") for name in files) and "samples/1-fog.wav" in files
+    card = files["README.md"].decode()
+    assert f'<audio controls src="{hub.endpoint}/you/mine/resolve/main/samples/1-fog.wav">' in card
+
+    photograph().save(tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+    with_package, without_package = snippets(card)
+    namespace = {}
+    torch.manual_seed(0)
+    exec(compile(with_package, "card", "exec"), namespace)
+    assert type(namespace["pipe"]) is MelFusionPipeline and namespace["audio"].shape == (0.32 * 16000,)
+    for name, weight in MelFusionPipeline.from_pretrained(trained).synapse.state_dict().items():
+        torch.testing.assert_close(namespace["pipe"].synapse.state_dict()[name], weight)
+
+    (tmp_path / "snippet.py").write_text(without_package)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
+    stranger = "import torch; torch.manual_seed(0)\n" + STRANGER
+    result = subprocess.run([sys.executable, "-c", stranger], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_allclose(np.load("audio.npy"), namespace["audio"], atol=1e-5)
+
+
+def test_only_what_may_be_published_is_uploaded_of_a_training_folder(trained, hub):
+    assert publish.upload(trained, "you/raw", private=True) == "you/raw"
+    files = hub.files("you/raw")
+    assert {"unet/diffusion_pytorch_model.safetensors", "training.json"} <= files.keys()
+    assert not files.keys() & {"checkpoint-3/optimizer.bin", "trajectories/1.safetensors", "unet/planted.bin", ".env"}
+    assert hub.repositories["you/raw"].private
+
+
+def test_half_precision_halves_the_weights(arguments, trained, tmp_path):
+    given = [text for text in arguments if text not in ("--sample", "--results")]
+    given = given[: given.index("--output") + 2]
+    publish.main([*given, "--dry_run", "--dtype", "float16"])
+    half, full = (
+        sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
+        for folder in (tmp_path / "published", trained)
+    )
+    assert half < 0.65 * full
+    assert not (tmp_path / "published" / "samples").exists()
+    assert front_matter(tmp_path / "published")["widget"] == [{"text": "a slow cello"}]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["--sample", "nowhere.jpg", "drums"], "these files do not exist: nowhere.jpg"),
+        (["--results", "nowhere.json"], "these files do not exist: nowhere.json"),
+        (["--hub_model_id", "mine"], "must be like user/name, but is 'mine'"),
+        (["--hub_model_id", "you/mine/weights"], "must be like user/name"),
+        (["--dtype", "int8"], "invalid choice"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_written(arguments, tmp_path, capsys, changes, message):
+    with pytest.raises(SystemExit):
+        publish.main([*arguments, *changes])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "published").exists()
+
+
+def test_the_checkpoint_itself_is_not_overwritten(arguments, trained, capsys):
+    with pytest.raises(SystemExit):
+        publish.main([*arguments, "--output", str(trained)])
+    assert "--output must be another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("/home/me/set/test.jsonl", "test.jsonl"),
+        (
+            "CLIP /a/b/clip, CLAP laion/clap-htsat-unfused, 6 captions of /c/set",
+            "CLIP clip, CLAP laion/clap-htsat-unfused, 6 captions of set",
+        ),  # noqa: E501
+        ("see https://huggingface.co/you/mine", "see https://huggingface.co/you/mine"),
+        ("| FAD (lower) | 3 / 4 |", "| FAD (lower) | 3 / 4 |"),
+    ],
+)
+def test_folders_are_hidden_and_nothing_else(text, shown):
+    assert publish.hide_folders(text) == shown
