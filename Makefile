@@ -9,7 +9,7 @@ MODULES := $(subst /,.,$(basename $(wildcard melfusion_pipeline/[a-z]*.py)))
 .PHONY: demo docs test test-slow lint clean
 
 demo: $(VENV)/demo.installed
-	$(BIN)/python examples/generate.py --output build
+	$(BIN)/python examples/demo.py
 
 test: $(VENV)/test.installed lint
 	$(BIN)/python -m pytest

@@ -1,6 +1,6 @@
 """Makes music for a picture and a prompt: writes a WAV and a picture of its mel spectrogram.
 
-python examples/generate.py --image examples/images/lightning.jpg --prompt "a slow cello" --checkpoint user/repo
+python examples/generate.py --image examples/images/lightning.jpg --prompt "a waltz for piano"
 """
 
 import argparse
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import PIL.Image
 import torch
-from untrained import untrained_components
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import save_audio
@@ -21,27 +20,21 @@ EXAMPLES = Path(__file__).parent
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image", type=Path, default=EXAMPLES / "images" / "forest_stream.jpg")
-    parser.add_argument("--prompt", default="a calm piano melody")
-    parser.add_argument("--checkpoint", help="folder or Hub id; without it a small untrained pipeline makes noise")
+    parser.add_argument("--prompt", default="a waltz for piano")
+    parser.add_argument("--checkpoint", default=EXAMPLES.parent, help="folder or Hub id; default: the bundled one")
     parser.add_argument("--audio_length_in_s", type=float, help="in seconds; default: the checkpoint's own")
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("--image_guidance_scale", type=float, help="guide with the picture too; a third more work")
     parser.add_argument("--synapse_scale", type=float, default=1.0, help="strength of the picture; 0 ignores it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("build"), help="folder for the WAV and the PNG")
     return parser.parse_args()
 
 
-def load_pipeline(checkpoint: str | None) -> MelFusionPipeline:
-    if checkpoint is not None:
-        return MelFusionPipeline.from_pretrained(checkpoint)
-    print("UNTRAINED: no checkpoint was given, so the weights are random. What follows is noise, not music.")
-    return MelFusionPipeline(**untrained_components(mel_bands=64, latent_frames=128))
-
-
 def main() -> None:
     arguments = parse_arguments()
-    pipe = load_pipeline(arguments.checkpoint)
+    pipe = MelFusionPipeline.from_pretrained(arguments.checkpoint)
     pipe.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     mel_spectrogram = pipe(
         PIL.Image.open(arguments.image),
@@ -49,6 +42,7 @@ def main() -> None:
         audio_length_in_s=arguments.audio_length_in_s,
         num_inference_steps=arguments.num_inference_steps,
         guidance_scale=arguments.guidance_scale,
+        image_guidance_scale=arguments.image_guidance_scale,
         synapse_scale=arguments.synapse_scale,
         generator=torch.Generator().manual_seed(arguments.seed),
         output_type="mel",
@@ -60,8 +54,8 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     wav = arguments.output / f"{arguments.image.stem}.wav"
     save_audio(wav, waveform, pipe.vocoder.config.sampling_rate)
-    title = f"{arguments.image.stem}: {arguments.prompt}" + ("" if arguments.checkpoint else " (untrained)")
-    plot_mel_spectrogram(mel_spectrogram[0], title=title).savefig(wav.with_suffix(".png"))
+    title = f"{arguments.image.stem}: {arguments.prompt}"
+    plot_mel_spectrogram(mel_spectrogram[0].float(), title=title).savefig(wav.with_suffix(".png"))
     print(f"wrote {wav} ({len(waveform) / pipe.vocoder.config.sampling_rate:.2f} s) and {wav.with_suffix('.png')}")
 
 

@@ -1,10 +1,16 @@
-"""Bundles a trained pipeline as the small checkpoint: half precision, without code, with its model card."""
+"""Bundles a trained pipeline as the small checkpoint: without code, with its model card and the data's attribution.
+
+Weights of diffusers classes are saved in half precision, which loads as float32; transformers would load it as it is
+stored, and a CPU is slow at that, so its classes are saved in float32.
+"""
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 
 from melfusion_pipeline import MelFusionPipeline
 
@@ -16,6 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder that train_melfusion.py wrote")
     parser.add_argument("--card", type=Path, required=True, help="the model card, which becomes README.md")
+    parser.add_argument("--data", type=Path, default=Path("build/small/data"), help="folder that build_data.py wrote")
     parser.add_argument("--output", type=Path, default=ROOT / "checkpoints" / "small")
     return parser.parse_args()
 
@@ -24,11 +31,20 @@ def main() -> None:
     args = parse_args()
     partial = args.output.with_name(f".{args.output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    MelFusionPipeline.from_pretrained(args.checkpoint).to(torch.float16).save_pretrained(partial)
+    pipe = MelFusionPipeline.from_pretrained(args.checkpoint)
+    for component in pipe.components.values():
+        if isinstance(component, ModelMixin):
+            component.to(torch.float16)
+    pipe.save_pretrained(partial)
+    for file in [partial / "model_index.json", *partial.glob("*/config.json")]:
+        # Where the weights lay before is no concern of those who load them.
+        content = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
+        file.write_text(json.dumps(content, indent=2) + "\n")
     # Two folders further up lies the package itself, which a copy of its code could only contradict.
     for module in partial.rglob("*.py"):
         module.unlink()
     shutil.copy(args.card, partial / "README.md")
+    shutil.copy(args.data / "ATTRIBUTION.csv", partial)
     size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     if size > LIMIT:
         raise ValueError(f"The checkpoint has {size / 2**20:.1f} MiB, more than {LIMIT / 2**20:.0f}.")
