@@ -4,15 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # On Linux a bare `torch` is the CUDA build, gigabytes of it; `make demo TORCH=torch` takes that one.
 TORCH ?= torch==2.13.0
+MARKS ?= not slow and not browser
 MODULES := $(subst /,.,$(basename $(wildcard melfusion_pipeline/[a-z]*.py)))
 
-.PHONY: demo docs test test-slow lint clean
+.PHONY: demo docs test test-browser test-slow lint clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/test.installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "$(MARKS)"
+
+test-browser: $(VENV)/test.installed
+	$(BIN)/python -m pytest -m browser
 
 test-slow: $(VENV)/test.installed
 	$(BIN)/python -m pytest -m slow -s

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 from untrained import music_unet, untrained_components  # noqa: E402
 
+TRIPLETS = 8
 DRAWS = 32
 # Short clips: what a picture can tell shows where noise hides which clip it is, and in many dimensions it seldom does.
 SAMPLES = 2 * 640
@@ -30,8 +31,8 @@ COPIES = 4
 
 
 def make_triplets() -> dict:
-    """The eight example photographs, each with a chord of its own; the captions say nothing of which is which."""
-    paths = sorted((ROOT / "examples" / "images").glob("*.jpg"))
+    """Eight photographs, each with a chord of its own; the captions say nothing of which is which."""
+    paths = sorted((ROOT / "examples" / "images").glob("*.jpg"))[:TRIPLETS]
     times = np.arange(SAMPLES) / 16000
     chords = [[220 * 2 ** ((3 * index + step) / 12) for step in (0, 4, 7)] for index in range(len(paths))]
     waveforms = [sum(np.sin(2 * np.pi * note * times) for note in chord) * 0.15 for chord in chords]

@@ -262,10 +262,11 @@ def data_root(path: str, args: argparse.Namespace) -> str:
 
 def reader(path: str, args: argparse.Namespace):
     """Gives the function that reads one row of a set."""
+    prepare = functools.partial(prepare_image, image_size=args.resolution)
     return functools.partial(
         read_triplet,
         data_root=data_root(path, args),
-        prepare_image=functools.partial(prepare_image, image_size=args.resolution),
+        prepare_image=prepare if args.image_latents == "noising" else None,
         audio_length_in_s=args.audio_length_in_s,
         random_image_crops=args.random_image_crops,
         seed=args.seed,

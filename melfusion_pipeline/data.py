@@ -230,7 +230,7 @@ def is_good(row: int, bad_rows: set[int]) -> bool:
 def read_triplet(
     row: dict,
     data_root: PathLike,
-    prepare_image: Callable[..., torch.Tensor],
+    prepare_image: Callable[..., torch.Tensor] | None,
     audio_length_in_s: float = 10.24,
     random_image_crops: bool = False,
     seed: int = 0,
@@ -243,15 +243,16 @@ def read_triplet(
         data_root: the folder that all files must lie in.
         prepare_image: called as `prepare_image(image, generator=generator)` with a `PIL.Image.Image` as it is stored
             (any mode, not rotated by its EXIF data) and a `torch.Generator`, or `None` for the centre crop; returns
-            float32 `[3, S, S]` in [-1, 1].
+            float32 `[3, S, S]` in [-1, 1]. `None` leaves the picture unread: its cached trajectory needs no pixels.
         audio_length_in_s: length of the stretch; shorter music is padded with zeros.
         random_image_crops: whether `prepare_image` gets a generator.
         seed: the run's seed.
         epoch: how often the set has been read before.
 
     Returns:
-        `pixel_values` `[3, S, S]`, `waveforms` `[T]` (of `load_random_crop`), `captions`, `indices` (row number) and
-        `image_paths`, named as in the batch that torch's `default_collate` makes of them.
+        `pixel_values` `[3, S, S]` (unless `prepare_image` is None), `waveforms` `[T]` (of `load_random_crop`),
+        `captions`, `indices` (row number) and `image_paths`, named as in the batch that torch's `default_collate`
+        makes of them.
 
     Raises:
         ValueError: if the row cannot be read, naming its number.
@@ -263,12 +264,13 @@ def read_triplet(
             raise ValueError(row["problem"])
         image_path, audio_path = (contained_path(row[column], data_root) for column in ("image", "audio"))
         waveform = load_random_crop(audio_path, row["start"] or 0.0, row["duration"], audio_length_in_s, generator)
-        image = open_image(image_path)
+        image = open_image(image_path) if prepare_image else None
     except (ValueError, soundfile.LibsndfileError) as error:
         raise ValueError(f"Row {row['row']}: {error}") from error
-    pixel_values = prepare_image(image, generator=generator if random_image_crops else None)
-    sample = {"pixel_values": pixel_values, "waveforms": waveform, "captions": row["caption"]}
-    return sample | {"indices": row["row"], "image_paths": str(image_path)}
+    sample = {"waveforms": waveform, "captions": row["caption"], "indices": row["row"], "image_paths": str(image_path)}
+    if prepare_image:
+        sample["pixel_values"] = prepare_image(image, generator=generator if random_image_crops else None)
+    return sample
 
 
 class TripletDataset(Dataset):

@@ -1,4 +1,4 @@
-"""The web demo: its functions, its page over HTTP, and (slow) the page in headless Chromium."""
+"""The web demo: its functions, its page over HTTP, and (marked browser) the page in headless Chromium."""
 
 import os
 import re
@@ -38,7 +38,8 @@ class Recorder:
 
 
 def make(pipe, image, seeds=(0,), progress=None, **changes):
-    settings = {"audio_length_in_s": 0.32, "num_inference_steps": 3, "guidance_scale": 3.0, "synapse_scale": 1.0}
+    settings = {"audio_length_in_s": 0.32, "num_inference_steps": 3, "guidance_scale": 3.0}
+    settings |= {"image_guidance_scale": 0.0, "synapse_scale": 1.0}
     progress = progress or Recorder()
     cache = app.FeatureCache(pipe)
     return app.make_music(pipe, cache, image, "a", **{**settings, **changes}, seeds=list(seeds), progress=progress)
@@ -83,9 +84,20 @@ def test_a_variation_depends_on_its_own_seed_and_the_picture(pipe, image):
     assert progress.told == [((0, 3), looking), ((1, 3), making), ((2, 3), making), ((3, 3), making)]
 
 
+def test_the_picture_may_guide(pipe, image):
+    plain, guided = (make(pipe, image, image_guidance_scale=scale)[0] for scale in (0.0, 6.0))
+    expected = pipe(
+        image, "a", audio_length_in_s=0.32, num_inference_steps=3, guidance_scale=3.0, image_guidance_scale=6.0,
+        generator=torch.Generator().manual_seed(0), output_type="mel",
+    ).audios  # fmt: skip
+    assert torch.allclose(guided, expected, atol=1e-4) and not torch.allclose(guided, plain, atol=1e-3)
+    without = make(pipe, None)[0]
+    assert torch.equal(make(pipe, None, image_guidance_scale=6.0)[0], without)
+
+
 def respond(pipe, image, prompt, *changes):
     """Calls what the button calls; the files are there until the generator goes on."""
-    settings = (0.32, 2, 3.0, 1.0, 7, 2)
+    settings = (0.32, 2, 3.0, 0.0, 1.0, 7, 2)
     function = app.responder(pipe, app.FeatureCache(pipe))
     return function(image, prompt, *changes, *settings[len(changes) :], progress=Recorder())
 
@@ -120,7 +132,7 @@ def test_the_button_gives_files_for_each_variation_and_hides_the_others(pipe, im
         ("a" * 301, (), "longer than 300 characters"),
         ("a", (0.001,), "`audio_length_in_s` must be finite and in"),
         ("a", (float("nan"),), "`audio_length_in_s` must be finite"),
-        ("a", (0.32, 2, 3.0, 1.0, float("nan")), "cannot convert float NaN"),
+        ("a", (0.32, 2, 3.0, 0.0, 1.0, float("nan")), "cannot convert float NaN"),
         ("a", (0.32, 0), "`num_inference_steps` must be in"),
     ],
 )
@@ -178,7 +190,9 @@ def served(pipe, tmp_path, monkeypatch):
 def test_the_page_is_served_with_its_limits(served, pipe, tmp_path):
     page, address = served
     sliders = {block.label: block for block in page.blocks.values() if isinstance(block, gr.Slider)}
-    assert list(sliders) == ["Length (s)", "Steps", "Guidance", "Synapse scale", "Seed", "Variations"]
+    assert list(sliders) == [
+        *("Length (s)", "Steps", "Guidance", "Picture guidance", "Synapse scale", "Seed", "Variations")
+    ]
     assert sliders["Length (s)"].value == 0.32 and sliders["Variations"].maximum == app.MAX_VARIATIONS
     config = httpx.get(f"{address}config").json()
     (picture,) = [part["props"] for part in config["components"] if part["props"].get("label") == "Picture"]
@@ -199,7 +213,7 @@ def test_music_is_made_over_http_and_errors_arrive(served, tmp_path):
     photograph().save(tmp_path / "picture.png")
     client = gradio_client.Client(address, verbose=False, download_files=tmp_path)
     picture = gradio_client.handle_file(tmp_path / "picture.png")
-    result = client.predict(picture, "a harp", 1.0, 2, 3.0, 1.0, 5, 1, api_name="/make_music")
+    result = client.predict(picture, "a harp", 1.0, 2, 3.0, 0.0, 1.0, 5, 1, api_name="/make_music")
     audio, download = result[0], result[1]
     waveform, rate = soundfile.read(audio["value"])
     assert rate == 16000 and len(waveform) == 16000 and audio["label"] == "Variation with seed 5"
@@ -211,7 +225,7 @@ def test_music_is_made_over_http_and_errors_arrive(served, tmp_path):
         (gradio_client.handle_file(tmp_path / "text.png"), "a", 1, "cannot be read as a picture"),
     ):
         with pytest.raises(gradio_client.exceptions.AppError, match=message):
-            client.predict(file, prompt, 1.0, 2, 3.0, 1.0, 5, variations, api_name="/make_music")
+            client.predict(file, prompt, 1.0, 2, 3.0, 0.0, 1.0, 5, variations, api_name="/make_music")
 
 
 @pytest.fixture
@@ -324,7 +338,7 @@ class Page:
         self.browser.save_screenshot(str(folder / f"{name}.png"))
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_the_page_in_a_browser(running, browser, tmp_path):
     page = Page(browser, tmp_path)
     page.resize(1280, 900, mobile=False)
@@ -363,7 +377,7 @@ def test_the_page_in_a_browser(running, browser, tmp_path):
     page.wait_for_message("exceed the maximum allowed size")
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_the_page_on_a_phone(running, browser, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
@@ -375,7 +389,7 @@ def test_the_page_on_a_phone(running, browser, tmp_path):
     page.photograph("phone")
     page.click("button", "Settings")
     sliders = wait_for(lambda: page.find("input[type=range]"))
-    assert len(sliders) == 6 and min(slider.size["width"] for slider in sliders) > 180
+    assert len(sliders) == 7 and min(slider.size["width"] for slider in sliders) > 180
     sliders[-1].send_keys(Keys.ARROW_RIGHT)
     page.photograph("phone_settings", position=700)
     page.make_music()

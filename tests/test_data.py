@@ -72,6 +72,16 @@ def assert_equal_batches(first: list[dict], second: list[dict]) -> None:
             assert torch.equal(one[key], other[key])
 
 
+def test_without_preparation_the_picture_is_not_read(tmp_path, records):
+    rows = load_rows(write_lines(tmp_path / "train.jsonl", records))
+    (tmp_path / records[0]["image"]).write_bytes(b"no picture")
+    sample = read_triplet(rows[0], tmp_path, None, 1.28)
+    assert sample["image_paths"] == str(tmp_path / records[0]["image"]) and "pixel_values" not in sample
+    assert sample["waveforms"].shape == (20480,)
+    with pytest.raises(ValueError, match="Row 0"):
+        reader(tmp_path)(rows[0])
+
+
 def test_batch_of_a_json_lines_set(tmp_path, records):
     rows = load_rows(write_lines(tmp_path / "train.jsonl", records))
     batch = next(iter(DataLoader(TripletDataset(rows, reader(tmp_path)), batch_size=6)))

@@ -215,7 +215,7 @@ def set_sliders(browser, key, wanted):
             slider.send_keys(*((Keys.END, Keys.ARROW_LEFT) if high else (Keys.HOME, Keys.ARROW_RIGHT)))
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_the_page_is_rated_in_a_browser_and_read_back(systems, tmp_path, browser):
     from selenium.webdriver.common.by import By
 

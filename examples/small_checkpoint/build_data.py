@@ -2,6 +2,10 @@
 
 The pairs are made, not natural: a written rule (`mood.py`) reads arousal and valence off the picture, the music
 (`music.py`) follows them, and the caption names instrument and genre only. Split by picture, never by crop.
+
+`train.jsonl` has each clip with the crop that it was composed for. `train_varied.jsonl` has the same rows and as many
+more, in which a clip meets other crops of nearly its mood, varied so strongly in contrast, colour and sharpness that
+one picture is now calm, now stirring: what a model can learn from them is the rule, not which picture is which.
 """
 
 import argparse
@@ -18,12 +22,15 @@ from measure_music import measure_music
 from mood import MoodRule, measure_picture
 from music import GENRES, INSTRUMENTS, SAMPLING_RATE, compose, render
 from pictures import SOUND_FONT_PACKAGE, Picture, find_pictures, read_copyright, rights, unpack, version_of
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageFilter
+from scipy.spatial import cKDTree
 from scipy.stats import spearmanr
 
 SPLITS = ("train", "validation", "test")
 CROP_SIZE = 128
 CLIPS_PER_CROP = 4
+# Each of the strongly varied crops meets this many clips, drawn from the nearest in arousal and valence.
+CLIPS_PER_VARIED_CROP, NEAREST_CLIPS = 2, 8
 TEMPLATES = (
     "a {genre} played on the {instrument}",
     "{instrument} playing a {genre}",
@@ -41,6 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("build/small/data"), help="folder to write the data to")
     parser.add_argument("--packages", type=Path, default=Path("build/small/packages"), help="folder for packages")
     parser.add_argument("--train_crops", type=int, default=3000, help="training crops, each with four clips")
+    parser.add_argument("--varied_crops", type=int, default=6000, help="strongly varied crops, two clips each")
     parser.add_argument("--test_pictures", type=int, default=60, help="pictures of the test split")
     parser.add_argument("--validation_pictures", type=int, default=25, help="pictures of the validation split")
     parser.add_argument("--seed", type=int, default=0)
@@ -84,6 +92,37 @@ def write_crops(split: str, pictures: list[Picture], count: int, args: argparse.
         rows.append({"image": str(path.relative_to(args.output)), "picture": picture.name,
                      "description": picture.description})  # fmt: skip
     return rows
+
+
+def vary(crop: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """Varies brightness, contrast, colour and sharpness strongly: all that the rule measures."""
+    strongest = {ImageEnhance.Brightness: 1.5, ImageEnhance.Contrast: 2.5, ImageEnhance.Color: 2.5}
+    for enhance, factor in strongest.items():
+        crop = enhance(crop).enhance(factor ** generator.uniform(-1, 1))
+    red, green, blue = crop.split()
+    warmth = 1.25 ** generator.uniform(-1, 1)
+    crop = Image.merge("RGB", (red.point(lambda v: v * warmth), green, blue.point(lambda v: v / warmth)))
+    if generator.random() < 0.4:
+        return crop.filter(ImageFilter.GaussianBlur(generator.uniform(0, 4)))
+    return ImageEnhance.Sharpness(crop).enhance(generator.uniform(1, 4))
+
+
+def write_varied(pictures: list[Picture], rows: list[dict], rule: MoodRule, args: argparse.Namespace) -> list[dict]:
+    """Writes the strongly varied training crops and `train_varied.jsonl`; returns its rows."""
+    folder = args.output / "train" / "varied"
+    folder.mkdir(parents=True, exist_ok=True)
+    clips = cKDTree([(row["arousal"], row["valence"]) for row in rows])
+    varied = []
+    for index in range(args.varied_crops):
+        generator = np.random.default_rng([args.seed, 30, index])
+        picture, path = pictures[index % len(pictures)], folder / f"{index:05d}.jpg"
+        vary(draw_crop(picture, True, generator), generator).save(path, quality=95)
+        nearest = clips.query(rule(Image.open(path)), NEAREST_CLIPS)[1]
+        crop = {"image": str(path.relative_to(args.output)), "picture": picture.name}
+        crop["description"] = picture.description
+        varied += [rows[clip] | crop for clip in generator.choice(nearest, CLIPS_PER_VARIED_CROP, replace=False)]
+    (args.output / "train_varied.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + varied))
+    return rows + varied
 
 
 def write_clip(index: int, row: dict, split: str, sound_font: Path, args: argparse.Namespace) -> dict:
@@ -151,6 +190,9 @@ def main() -> None:
             row["arousal"], row["valence"] = rule(Image.open(args.output / row["image"]))
         rows = write_split(split, crops[split], sound_font, args)
         print(f"{split}: {len(splits[split])} pictures, {len(crops[split])} crops, {len(rows)} clips", flush=True)
+        if split == "train":
+            varied = write_varied(splits[split], rows, rule, args)
+            print(f"train_varied: {args.varied_crops} crops more, {len(varied)} pairs", flush=True)
     write_attribution(splits, sound_font, args)
     print_ceiling(rows[:240], args)
 
