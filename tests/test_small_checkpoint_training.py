@@ -5,19 +5,22 @@ from argparse import Namespace
 import numpy as np
 import PIL.Image
 import pytest
+import soundfile
 import torch
+from build_data import CLIPS_PER_VARIED_CROP, write_varied
 from build_story_set import Screen, clean, read_screens
 from conftest import photograph
 from measure_music import harmonic_to_noise, major_minor, measure_music, onset_rate, register, spectral_flatness
 from mood import AROUSAL, VALENCE, MoodRule, measure_picture, mood_bin
 from music import DRUM_CHANNEL, DURATION, GENRES, INSTRUMENTS, SAMPLING_RATE, compose, tempo_of
+from pictures import Picture
 from train_clip import create_clip, create_processor
 from train_image_unet import create_scheduler, noise_loss
 from train_image_unet import create_unet as create_image_unet
 from train_image_vae import create_vae as create_image_vae
 from train_mel_vae import create_vae
 from train_music_unet import create_unet
-from train_vocoder import create_vocoder
+from train_vocoder import HOP, create_vocoder, draw_segments
 from training_loop import Training, run
 from transformers import CLIPTextModel
 from untrained import untrained_components
@@ -70,6 +73,29 @@ def pieces(arousal: float, valence: float) -> list[list]:
         compose(instrument, genre, arousal, valence, np.random.default_rng(seed))
         for seed, (instrument, genre) in enumerate((i, g) for i in INSTRUMENTS for g in GENRES)
     ]
+
+
+def test_varied_crops_meet_clips_of_nearly_their_mood_and_leave_the_picture_behind(tmp_path):
+    pictures = [Picture(tmp_path / f"{seed}.png", "package", "1", "me", "CC0", "a place") for seed in range(3)]
+    for seed, picture in enumerate(pictures):
+        photograph(seed, 90, 70).save(picture.path)
+    moods = np.random.default_rng(0).random((2000, 2)).tolist()
+    clips = [{"audio": f"{i}.flac", "arousal": a, "valence": v, "picture": "0"} for i, (a, v) in enumerate(moods)]
+    generator = np.random.default_rng(1)
+    rule = MoodRule.fit([dict(zip(AROUSAL + VALENCE, generator.random(5) * 0.7, strict=True)) for _ in range(400)])
+    rows = write_varied(pictures, clips, rule, Namespace(output=tmp_path, varied_crops=30, seed=0))
+    assert rows[:2000] == clips and len(rows) == 2000 + 30 * CLIPS_PER_VARIED_CROP
+    assert len((tmp_path / "train_varied.jsonl").read_text().splitlines()) == len(rows)
+    moods = []
+    for row in rows[2000:]:
+        with PIL.Image.open(tmp_path / row["image"]) as crop:
+            moods.append(rule(crop))
+        assert moods[-1] == pytest.approx((row["arousal"], row["valence"]), abs=0.1)
+        assert row["audio"] == clips[int(row["audio"].removesuffix(".flac"))]["audio"]
+    assert {row["picture"] for row in rows[2000:]} == {"package/0", "package/1", "package/2"}
+    # One picture, many moods.
+    own = [mood for mood, row in zip(moods, rows[2000:], strict=True) if row["picture"] == "package/1"]
+    assert np.std(own, axis=0).min() > 0.05
 
 
 def test_arousal_decides_tempo_density_drums_and_velocity():
@@ -244,3 +270,21 @@ def test_story_screens_are_read_with_their_music():
 
 def test_a_scenario_without_music_has_no_triplets():
     assert read_screens(SCENARIO.replace("wanderer.ogg", "").replace("music=sad.ogg", "")) == []
+
+
+# ------------------------------------------------------------------------------------------------------ the vocoder
+
+
+def test_every_second_segment_to_vocode_is_decoded_and_its_target_is_not(tmp_path):
+    rows = [{"audio": f"{index}.flac"} for index in range(3)]
+    for index, row in enumerate(rows):
+        soundfile.write(tmp_path / row["audio"], tones(60 + index), SAMPLING_RATE)
+    mels = torch.arange(512.0)[None, :, None].expand(3, 512, 64) + torch.tensor([0.0, 1000.0, 2000.0])[:, None, None]
+    decoded = -mels[:1]
+    args = Namespace(batch_size=6, data=tmp_path)
+    given, wanted, waveforms = draw_segments(args, rows, mels, decoded, torch.Generator().manual_seed(0))
+    assert given.shape == wanted.shape == (6, 48, 64) and waveforms.shape == (6, 48 * HOP)
+    assert torch.equal(given[0::2], wanted[0::2]) and torch.equal(given[1::2], -wanted[1::2])
+    assert wanted[1::2].max() < 512 < wanted.max()
+    given, wanted, _ = draw_segments(args, rows, mels, mels[:0], torch.Generator().manual_seed(0))
+    assert torch.equal(given, wanted)
