@@ -5,7 +5,6 @@ from argparse import Namespace
 import numpy as np
 import PIL.Image
 import pytest
-import soundfile
 import torch
 from build_data import CLIPS_PER_VARIED_CROP, write_varied
 from build_story_set import Screen, clean, read_screens
@@ -20,7 +19,7 @@ from train_image_unet import create_unet as create_image_unet
 from train_image_vae import create_vae as create_image_vae
 from train_mel_vae import create_vae
 from train_music_unet import create_unet
-from train_vocoder import HOP, create_vocoder, draw_segments
+from train_vocoder import create_vocoder
 from training_loop import Training, run
 from transformers import CLIPTextModel
 from untrained import untrained_components
@@ -270,21 +269,3 @@ def test_story_screens_are_read_with_their_music():
 
 def test_a_scenario_without_music_has_no_triplets():
     assert read_screens(SCENARIO.replace("wanderer.ogg", "").replace("music=sad.ogg", "")) == []
-
-
-# ------------------------------------------------------------------------------------------------------ the vocoder
-
-
-def test_every_second_segment_to_vocode_is_decoded_and_its_target_is_not(tmp_path):
-    rows = [{"audio": f"{index}.flac"} for index in range(3)]
-    for index, row in enumerate(rows):
-        soundfile.write(tmp_path / row["audio"], tones(60 + index), SAMPLING_RATE)
-    mels = torch.arange(512.0)[None, :, None].expand(3, 512, 64) + torch.tensor([0.0, 1000.0, 2000.0])[:, None, None]
-    decoded = -mels[:1]
-    args = Namespace(batch_size=6, data=tmp_path)
-    given, wanted, waveforms = draw_segments(args, rows, mels, decoded, torch.Generator().manual_seed(0))
-    assert given.shape == wanted.shape == (6, 48, 64) and waveforms.shape == (6, 48 * HOP)
-    assert torch.equal(given[0::2], wanted[0::2]) and torch.equal(given[1::2], -wanted[1::2])
-    assert wanted[1::2].max() < 512 < wanted.max()
-    given, wanted, _ = draw_segments(args, rows, mels, mels[:0], torch.Generator().manual_seed(0))
-    assert torch.equal(given, wanted)

@@ -1,13 +1,7 @@
-"""Trains the HiFi-GAN vocoder: multi-resolution STFT and mel losses first, then also a light discriminator.
-
-With `--decoded_clips` half of what it is given has been through the mel autoencoder, as all has in the pipeline.
-"""
-
-import argparse
+"""Trains the HiFi-GAN vocoder: multi-resolution STFT and mel losses first, then also a light discriminator."""
 
 import torch
-from corpus import cached, load_mels, load_waveform, read_rows
-from diffusers import AutoencoderKL
+from corpus import load_mels, load_waveform, read_rows
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -15,7 +9,6 @@ from training_loop import Training, run, stage_parser
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from melfusion_pipeline.audio import log_mel_spectrogram
-from melfusion_pipeline.training import MusicLatentCache
 
 SEGMENT_FRAMES = 48
 HOP = 160
@@ -103,37 +96,16 @@ def discriminator_loss(discriminator: BandDiscriminator, generated: torch.Tensor
     )
 
 
-@torch.no_grad()
-def load_decoded_mels(args: argparse.Namespace, rows: list[dict]) -> torch.Tensor:
-    """Returns what the mel autoencoder makes of the rows' clips, float16 `[N, 512, 64]`, computed once."""
-    vae = AutoencoderKL.from_pretrained(args.output / "components/vae").eval()
-    latents = MusicLatentCache(args.output / "cache/moments", vae)
-
-    def decode(row: dict) -> torch.Tensor:
-        sample = latents.encode(load_waveform(args.data, row)[None], [torch.Generator().manual_seed(args.seed)])
-        return vae.decode(sample / vae.config.scaling_factor).sample[0, 0].half()
-
-    path = args.output / "cache" / f"decoded_{len(rows)}_train.safetensors"
-    return cached(path, lambda: torch.stack([decode(row) for row in rows]))
-
-
 def draw_segments(
-    args: argparse.Namespace, rows: list[dict], mels: torch.Tensor, decoded: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draws log-mel segments to vocode and the real ones, `[B, 48, 64]`, and the waveforms `[B, 7680]`.
-
-    Every second segment is taken from `decoded`, the first rows' spectrograms as decoded, if there are any.
-    """
-    given, wanted, waveforms = [], [], []
-    for place in range(args.batch_size):
-        source = decoded if place % 2 and len(decoded) else mels
-        index = torch.randint(len(source), (), generator=generator).item()
+    args, rows: list[dict], mels: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws log-mel segments `[B, 48, 64]` and their waveforms `[B, 7680]`."""
+    segments, waveforms = [], []
+    for index in torch.randint(len(rows), (args.batch_size,), generator=generator).tolist():
         start = torch.randint(mels.shape[1] - SEGMENT_FRAMES + 1, (), generator=generator).item()
-        frames = slice(start, start + SEGMENT_FRAMES)
-        given.append(source[index, frames].float())
-        wanted.append(mels[index, frames].float())
+        segments.append(mels[index, start : start + SEGMENT_FRAMES].float())
         waveforms.append(load_waveform(args.data, rows[index])[start * HOP : (start + SEGMENT_FRAMES) * HOP])
-    return torch.stack(given), torch.stack(wanted), torch.stack(waveforms)
+    return torch.stack(segments), torch.stack(waveforms)
 
 
 @torch.no_grad()
@@ -146,18 +118,16 @@ def mel_error(vocoder: SpeechT5HifiGan, mels: torch.Tensor) -> float:
 def main() -> None:
     parser = stage_parser(__doc__, steps=20000, batch_size=4, learning_rate=1e-3)
     parser.add_argument("--discriminator_from", type=int, default=8000, help="step at which the discriminator joins")
-    parser.add_argument("--decoded_clips", type=int, default=0, help="clips to vocode as the autoencoder gives them")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     rows, spectrograms = read_rows(args.data, "train"), load_mels(args, "train")
-    decoded = load_decoded_mels(args, rows[: args.decoded_clips]) if args.decoded_clips else spectrograms[:0]
     vocoder, discriminator = create_vocoder(), BandDiscriminator()
     training = Training(vocoder, args.output / "state/vocoder.safetensors", args, betas=(0.8, 0.99))
     judging = Training(discriminator, args.output / "state/discriminator.safetensors", args, betas=(0.8, 0.99))
 
     def take_step(generator: torch.Generator) -> dict[str, torch.Tensor]:
-        given, mels, real = draw_segments(args, rows, spectrograms, decoded, generator)
-        generated = vocoder(given)
+        mels, real = draw_segments(args, rows, spectrograms, generator)
+        generated = vocoder(mels)
         spectral = spectral_loss(generated, real)
         mel = F.l1_loss(log_mel_spectrogram(generated), mels)
         losses = {"spectral": spectral, "mel": mel}
