@@ -313,7 +313,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=EXAMPLES.parent, help="folder or Hub id; default: the bundled one")
     parser.add_argument("--guidance_scale", type=float, default=5.0, help="where the slider stands at first")
-    parser.add_argument("--image_guidance_scale", type=float, default=12.0, help="where the slider stands at first")
+    parser.add_argument("--image_guidance_scale", type=float, default=8.0, help="where the slider stands at first")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=7860)
     return parser.parse_args()

@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     # What the bundled checkpoint was evaluated with, chosen on its validation pictures.
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=5.0)
-    parser.add_argument("--image_guidance_scale", type=float, default=12.0, help="guides with the picture too")
+    parser.add_argument("--image_guidance_scale", type=float, default=8.0, help="guides with the picture too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for the WAVs and the sheet")
     return parser.parse_args()
