@@ -286,16 +286,30 @@ class Page:
         self.browser, self.downloads = browser, tmp_path / "downloads"
 
     def find(self, selector, text=None):
-        """The visible elements of a CSS selector whose text starts with `text`."""
+        """The visible elements of a CSS selector whose text starts with `text`; none while they are drawn anew."""
+        from selenium.common.exceptions import StaleElementReferenceException
+
         found = self.browser.find_elements("css selector", selector)
-        return [each for each in found if each.is_displayed() and (text is None or each.text.startswith(text))]
+        try:
+            return [each for each in found if each.is_displayed() and (text is None or each.text.startswith(text))]
+        except StaleElementReferenceException:
+            return []
 
     def click(self, selector, text=None, index=0):
-        wait_for(lambda: len(self.find(selector, text)) > index)
-        element = self.find(selector, text)[index]
-        # Out of the way of messages, which lie above.
-        self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
-        element.click()
+        from selenium.common.exceptions import StaleElementReferenceException
+
+        def click_once():
+            if len(elements := self.find(selector, text)) <= index:
+                return False
+            try:
+                # Out of the way of messages, which lie above.
+                self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", elements[index])
+                elements[index].click()
+            except StaleElementReferenceException:
+                return False
+            return True
+
+        wait_for(click_once)
 
     def choose(self, path):
         """Uploads a file where there is no picture yet."""
