@@ -1,6 +1,8 @@
 """Tiny components of the real classes, built locally, and the settings that all tests share."""
 
 import os
+import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,3 +79,26 @@ def use_hub(home: Path, monkeypatch: pytest.MonkeyPatch):
         for module in (diffusers.utils.dynamic_modules_utils, transformers.dynamic_module_utils):
             monkeypatch.setattr(module, "HF_MODULES_CACHE", str(home / "modules"))
         yield hub
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """Headless Chromium: `apt-get install chromium chromium-driver`."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,900"):
+        options.add_argument(argument)
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def wait_for(condition, seconds=300):
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.05)
+    return result

@@ -2,11 +2,9 @@
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import app
@@ -18,7 +16,7 @@ import PIL.Image
 import pytest
 import soundfile
 import torch
-from conftest import photograph
+from conftest import photograph, wait_for
 from gradio.data_classes import ImageData
 from untrained import untrained_components
 
@@ -254,29 +252,6 @@ def answers(address):
         return httpx.get(address).status_code == 200
     except httpx.TransportError:
         return False
-
-
-@pytest.fixture
-def browser(tmp_path):
-    """Headless Chromium: `apt-get install chromium chromium-driver`."""
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
-
-
-def wait_for(condition, seconds=300):
-    end = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.05)
-    return result
 
 
 class Page:

@@ -1,14 +1,13 @@
 import json
 import re
 import shutil
-import time
 
 import listening_test
 import numpy as np
 import PIL.Image
 import pytest
 import soundfile
-from conftest import photograph
+from conftest import photograph, wait_for
 
 SYSTEMS = ["melfusion", "text-only", "shuffled"]
 CAPTIONS = ["a calm <b>piano</b> & $bells", "loud drums", "a slow cello", "a harp"]
@@ -180,28 +179,6 @@ def test_a_rater_counts_once(tmp_path):
     paths = [save_ratings(tmp_path / name, "ann", [80, 40, 20, 60]) for name in ("1.json", "2.json")]
     with pytest.raises(ValueError, match="2.json' is another file of the rater 'ann'"):
         listening_test.aggregate_ratings(KEY, paths)
-
-
-@pytest.fixture
-def browser(tmp_path):
-    """Headless Chromium: `apt-get install chromium chromium-driver`."""
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,900"):
-        options.add_argument(argument)
-    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
-
-
-def wait_for(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.05)
 
 
 def set_sliders(browser, key, wanted):

@@ -5,6 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from bad_inputs import strict_pipeline
 from conftest import generator, photograph
 from diffusers import (
     AudioLDMPipeline,
@@ -14,7 +15,7 @@ from diffusers import (
     LMSDiscreteScheduler,
     PNDMScheduler,
 )
-from untrained import music_unet, picture_unet, untrained_components
+from untrained import music_unet, picture_unet
 
 from melfusion_pipeline import ImageFeatures, MelFusionPipeline, VisualSynapse
 
@@ -430,16 +431,7 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def strict_pipe() -> MelFusionPipeline:
     """A pipeline whose models must not run: input is refused before."""
-
-    def ran(*args, **kwargs):
-        raise AssertionError("a model ran before the input was checked")
-
-    components = untrained_components()
-    for component in components.values():
-        if isinstance(component, torch.nn.Module):
-            component.register_forward_pre_hook(ran)
-    components["image_vae"].encode = components["vae"].decode = ran
-    return MelFusionPipeline(**components)
+    return strict_pipeline()
 
 
 @pytest.mark.parametrize("case", REFUSED)
