@@ -1,12 +1,13 @@
 """The rule, the music, the measurements and the loop from which the small checkpoint is made."""
 
+import json
 from argparse import Namespace
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from build_data import CLIPS_PER_VARIED_CROP, write_varied
+from build_data import CLIPS_PER_VARIED_CROP, combine, write_varied
 from build_story_set import Screen, clean, read_screens
 from conftest import photograph
 from measure_music import harmonic_to_noise, major_minor, measure_music, onset_rate, register, spectral_flatness
@@ -82,19 +83,31 @@ def test_varied_crops_meet_clips_of_nearly_their_mood_and_leave_the_picture_behi
     clips = [{"audio": f"{i}.flac", "arousal": a, "valence": v, "picture": "0"} for i, (a, v) in enumerate(moods)]
     generator = np.random.default_rng(1)
     rule = MoodRule.fit([dict(zip(AROUSAL + VALENCE, generator.random(5) * 0.7, strict=True)) for _ in range(400)])
-    rows = write_varied(pictures, clips, rule, Namespace(output=tmp_path, varied_crops=30, seed=0))
-    assert rows[:2000] == clips and len(rows) == 2000 + 30 * CLIPS_PER_VARIED_CROP
-    assert len((tmp_path / "train_varied.jsonl").read_text().splitlines()) == len(rows)
+    rows = write_varied(pictures, clips, rule, Namespace(output=tmp_path, varied_crops=60, seed=0))
+    assert len(rows) == 60 * CLIPS_PER_VARIED_CROP
+    assert [json.loads(line) for line in (tmp_path / "train_varied.jsonl").read_text().splitlines()] == rows
     moods = []
-    for row in rows[2000:]:
+    for row in rows:
         with PIL.Image.open(tmp_path / row["image"]) as crop:
             moods.append(rule(crop))
         assert moods[-1] == pytest.approx((row["arousal"], row["valence"]), abs=0.1)
         assert row["audio"] == clips[int(row["audio"].removesuffix(".flac"))]["audio"]
-    assert {row["picture"] for row in rows[2000:]} == {"package/0", "package/1", "package/2"}
+    alone = {f"package/{seed}" for seed in range(3)}
+    shown = {row["picture"] for row in rows}
+    assert alone <= shown and all(set(names.split(" and ")) <= alone for names in shown - alone)
+    assert any(" and " in names for names in shown)
     # One picture, many moods.
-    own = [mood for mood, row in zip(moods, rows[2000:], strict=True) if row["picture"] == "package/1"]
+    own = [mood for mood, row in zip(moods, rows, strict=True) if row["picture"] == "package/1"]
     assert np.std(own, axis=0).min() > 0.05
+
+
+def test_a_combined_crop_shows_both_and_repeats():
+    white, black = solid(255, 255, 255), solid(0, 0, 0)
+    combined = [combine(white, black, np.random.default_rng(seed)) for seed in range(20)]
+    shares = [np.asarray(image).mean() / 255 for image in combined]
+    assert all(image.size == white.size for image in combined)
+    assert 0.3 < np.mean(shares) < 0.7 and np.mean([0.05 < share < 0.95 for share in shares]) > 0.6
+    assert combined[3] == combine(white, black, np.random.default_rng(3))
 
 
 def test_arousal_decides_tempo_density_drums_and_velocity():

@@ -3,9 +3,9 @@
 The pairs are made, not natural: a written rule (`mood.py`) reads arousal and valence off the picture, the music
 (`music.py`) follows them, and the caption names instrument and genre only. Split by picture, never by crop.
 
-`train.jsonl` has each clip with the crop that it was composed for. `train_varied.jsonl` has the same rows and as many
-more, in which a clip meets other crops of nearly its mood, varied so strongly in contrast, colour and sharpness that
-one picture is now calm, now stirring: what a model can learn from them is the rule, not which picture is which.
+`train.jsonl` has each clip with the crop that it was composed for. In `train_varied.jsonl` a clip meets other crops of
+nearly its mood, many of two pictures combined, and varied in contrast, colour and sharpness until one picture is now
+calm, now stirring: what a model can learn from them is the rule, not which picture is which.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from scipy.stats import spearmanr
 SPLITS = ("train", "validation", "test")
 CROP_SIZE = 128
 CLIPS_PER_CROP = 4
-# Each of the strongly varied crops meets this many clips, drawn from the nearest in arousal and valence.
+# Each of the varied crops meets this many clips, drawn from the nearest in arousal and valence.
 CLIPS_PER_VARIED_CROP, NEAREST_CLIPS = 2, 8
 TEMPLATES = (
     "a {genre} played on the {instrument}",
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("build/small/data"), help="folder to write the data to")
     parser.add_argument("--packages", type=Path, default=Path("build/small/packages"), help="folder for packages")
     parser.add_argument("--train_crops", type=int, default=3000, help="training crops, each with four clips")
-    parser.add_argument("--varied_crops", type=int, default=6000, help="strongly varied crops, two clips each")
+    parser.add_argument("--varied_crops", type=int, default=24000, help="varied crops, two clips each")
     parser.add_argument("--test_pictures", type=int, default=60, help="pictures of the test split")
     parser.add_argument("--validation_pictures", type=int, default=25, help="pictures of the validation split")
     parser.add_argument("--seed", type=int, default=0)
@@ -94,35 +94,56 @@ def write_crops(split: str, pictures: list[Picture], count: int, args: argparse.
     return rows
 
 
+def combine(crop: Image.Image, other: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """Lays one crop over another through a random mask of soft or hard edges."""
+    cells = generator.uniform(0, 255, (generator.integers(1, 4), generator.integers(2, 4)))
+    mask = Image.fromarray(cells.astype(np.uint8)).resize(crop.size, Image.Resampling.BICUBIC)
+    return Image.composite(crop, other, ImageEnhance.Contrast(mask).enhance(8 ** generator.random()))
+
+
 def vary(crop: Image.Image, generator: np.random.Generator) -> Image.Image:
-    """Varies brightness, contrast, colour and sharpness strongly: all that the rule measures."""
+    """Varies brightness, contrast, colour and sharpness, from barely to strongly: all that the rule measures."""
+    strength = generator.random()
     strongest = {ImageEnhance.Brightness: 1.5, ImageEnhance.Contrast: 2.5, ImageEnhance.Color: 2.5}
     for enhance, factor in strongest.items():
-        crop = enhance(crop).enhance(factor ** generator.uniform(-1, 1))
+        crop = enhance(crop).enhance(factor ** (strength * generator.uniform(-1, 1)))
     red, green, blue = crop.split()
-    warmth = 1.25 ** generator.uniform(-1, 1)
+    warmth = 1.25 ** (strength * generator.uniform(-1, 1))
     crop = Image.merge("RGB", (red.point(lambda v: v * warmth), green, blue.point(lambda v: v / warmth)))
     if generator.random() < 0.4:
-        return crop.filter(ImageFilter.GaussianBlur(generator.uniform(0, 4)))
-    return ImageEnhance.Sharpness(crop).enhance(generator.uniform(1, 4))
+        return crop.filter(ImageFilter.GaussianBlur(strength * generator.uniform(0, 4)))
+    return ImageEnhance.Sharpness(crop).enhance(1 + strength * generator.uniform(0, 3))
+
+
+def write_varied_crop(index: int, pictures: list[Picture], rule: MoodRule, args: argparse.Namespace) -> dict:
+    """Writes one varied crop, half of them combined of two pictures, and returns its row, with its mood."""
+    generator = np.random.default_rng([args.seed, 30, index])
+    shown = [pictures[index % len(pictures)]]
+    crop = draw_crop(shown[0], True, generator)
+    if generator.random() < 0.5:
+        shown.append(pictures[generator.integers(len(pictures))])
+        crop = combine(crop, draw_crop(shown[1], True, generator), generator)
+    path = args.output / "train" / "varied" / f"{index:05d}.jpg"
+    vary(crop, generator).save(path, quality=95)
+    row = {"image": str(path.relative_to(args.output)), "picture": " and ".join(picture.name for picture in shown)}
+    row["description"] = " and ".join(picture.description for picture in shown)
+    return row | dict(zip(("arousal", "valence"), rule(Image.open(path)), strict=True))
 
 
 def write_varied(pictures: list[Picture], rows: list[dict], rule: MoodRule, args: argparse.Namespace) -> list[dict]:
-    """Writes the strongly varied training crops and `train_varied.jsonl`; returns its rows."""
-    folder = args.output / "train" / "varied"
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes the varied training crops and `train_varied.jsonl`; returns its rows."""
+    (args.output / "train" / "varied").mkdir(parents=True, exist_ok=True)
+    write = partial(write_varied_crop, pictures=pictures, rule=rule, args=args)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        crops = list(pool.map(write, range(args.varied_crops), chunksize=50))
     clips = cKDTree([(row["arousal"], row["valence"]) for row in rows])
+    nearest = clips.query([(crop.pop("arousal"), crop.pop("valence")) for crop in crops], NEAREST_CLIPS)[1]
+    generator = np.random.default_rng([args.seed, 40])
     varied = []
-    for index in range(args.varied_crops):
-        generator = np.random.default_rng([args.seed, 30, index])
-        picture, path = pictures[index % len(pictures)], folder / f"{index:05d}.jpg"
-        vary(draw_crop(picture, True, generator), generator).save(path, quality=95)
-        nearest = clips.query(rule(Image.open(path)), NEAREST_CLIPS)[1]
-        crop = {"image": str(path.relative_to(args.output)), "picture": picture.name}
-        crop["description"] = picture.description
-        varied += [rows[clip] | crop for clip in generator.choice(nearest, CLIPS_PER_VARIED_CROP, replace=False)]
-    (args.output / "train_varied.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + varied))
-    return rows + varied
+    for crop, choice in zip(crops, nearest, strict=True):
+        varied += [rows[clip] | crop for clip in generator.choice(choice, CLIPS_PER_VARIED_CROP, replace=False)]
+    (args.output / "train_varied.jsonl").write_text("".join(json.dumps(row) + "\n" for row in varied))
+    return varied
 
 
 def write_clip(index: int, row: dict, split: str, sound_font: Path, args: argparse.Namespace) -> dict:
@@ -192,7 +213,7 @@ def main() -> None:
         print(f"{split}: {len(splits[split])} pictures, {len(crops[split])} crops, {len(rows)} clips", flush=True)
         if split == "train":
             varied = write_varied(splits[split], rows, rule, args)
-            print(f"train_varied: {args.varied_crops} crops more, {len(varied)} pairs", flush=True)
+            print(f"train_varied: {args.varied_crops} crops, {len(varied)} pairs", flush=True)
     write_attribution(splits, sound_font, args)
     print_ceiling(rows[:240], args)
 
