@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from build_data import CLIPS_PER_VARIED_CROP, combine, write_varied
+from build_data import CLIPS_PER_VARIED_CROP, combine, vary, write_varied
 from build_story_set import Screen, clean, read_screens
 from conftest import photograph
 from measure_music import harmonic_to_noise, major_minor, measure_music, onset_rate, register, spectral_flatness
@@ -108,6 +108,13 @@ def test_a_combined_crop_shows_both_and_repeats():
     assert all(image.size == white.size for image in combined)
     assert 0.3 < np.mean(shares) < 0.7 and np.mean([0.05 < share < 0.95 for share in shares]) > 0.6
     assert combined[3] == combine(white, black, np.random.default_rng(3))
+
+
+def test_a_crop_is_varied_from_barely_to_strongly():
+    crop = photograph().convert("RGB")
+    varied = [np.asarray(vary(crop, np.random.default_rng(seed)), dtype=float) for seed in range(40)]
+    changes = [np.abs(image - np.asarray(crop)).mean() for image in varied]
+    assert min(changes) < 8 and max(changes) > 25
 
 
 def test_arousal_decides_tempo_density_drums_and_velocity():
