@@ -20,6 +20,8 @@ PACKAGE = "melfusion_pipeline"
 TESTS = {
     "attention_melfusion": ["test_attention_melfusion"],
     "modeling_melfusion": ["test_modeling_melfusion", "test_attention_melfusion"],
+    "pictures_melfusion": ["test_pictures_melfusion"],
+    "features_melfusion": ["test_inversion_melfusion"],
     "inversion_melfusion": ["test_inversion_melfusion"],
     "metrics": ["test_metrics"],
 }
@@ -212,26 +214,26 @@ MUTANTS = [
         "[level.timestep for level in levels[1:]]",
         "features are filed under the next step's time",
     ),
-    Mutant("inversion_melfusion", ").abs().argmin())", ").argmin())", "the last step is always the nearest"),
+    Mutant("features_melfusion", ").abs().argmin())", ").argmin())", "the last step is always the nearest"),
     Mutant(
-        "inversion_melfusion",
+        "features_melfusion",
         "(self.keys[layer][step], self.values[layer][step])",
         "(self.keys[layer][step], self.keys[layer][step])",
         "keys are given for values",
     ),
-    Mutant("inversion_melfusion", ".float() / 127.5 - 1.0", ".float() / 255.0", "pixels lie in [0, 1]"),
-    Mutant("inversion_melfusion", "torch.full((2,), 0.5)", "torch.zeros(2)", "the crop is not central"),
+    Mutant("pictures_melfusion", ".float() / 127.5 - 1.0", ".float() / 255.0", "pixels lie in [0, 1]"),
+    Mutant("pictures_melfusion", "torch.full((2,), 0.5)", "torch.zeros(2)", "the crop is not central"),
     Mutant(
-        "inversion_melfusion", "image = PIL.ImageOps.exif_transpose(image)", "pass", "photographs lie on their side"
+        "pictures_melfusion", "image = PIL.ImageOps.exif_transpose(image)", "pass", "photographs lie on their side"
     ),
     Mutant(
-        "inversion_melfusion",
+        "features_melfusion",
         "for layer, value in self.values.items()}\n        metadata",
         "for layer, value in self.keys.items()}\n        metadata",
         "keys are saved as values",
     ),
     Mutant(
-        "inversion_melfusion", "array.min() < 0 or array.max() > 1", "array.min() < 0", "0 to 255 is taken for 0 to 1"
+        "pictures_melfusion", "array.min() < 0 or array.max() > 1", "array.min() < 0", "0 to 255 is taken for 0 to 1"
     ),
     # ---------------------------------------- metrics
     Mutant("metrics", "np.sqrt(len(samples) - 1)", "np.sqrt(len(samples))", "the covariance is biased"),

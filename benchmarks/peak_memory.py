@@ -17,7 +17,7 @@ import PIL.Image
 from full_size import build_components
 
 from melfusion_pipeline import MelFusionPipeline
-from melfusion_pipeline.inversion_melfusion import ImageFeatures
+from melfusion_pipeline.features_melfusion import ImageFeatures
 
 WAYS = ("picture alone", "music alone", "apart", "together")
 IMAGE_SIDE = ("image_vae", "image_text_encoder", "image_tokenizer", "image_unet", "image_scheduler", "synapse")

@@ -22,7 +22,8 @@ import torch
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import save_audio
-from melfusion_pipeline.inversion_melfusion import ImageFeatures, to_rgb
+from melfusion_pipeline.features_melfusion import ImageFeatures
+from melfusion_pipeline.pictures_melfusion import to_rgb
 from melfusion_pipeline.plotting import plot_mel_spectrogram
 
 EXAMPLES = Path(__file__).parent

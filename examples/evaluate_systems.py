@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import SAMPLING_RATE, load_audio, load_random_crop, save_audio, waveform_to_latents
 from melfusion_pipeline.data import SILENCE, open_image
-from melfusion_pipeline.inversion_melfusion import to_rgb
+from melfusion_pipeline.pictures_melfusion import to_rgb
 
 SYSTEMS = ("melfusion", "text-only", "caption", "shuffled", "reference")
 SUFFIXES = (".flac", ".wav", ".ogg", ".mp3")

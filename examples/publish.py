@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import save_audio
 from melfusion_pipeline.data import open_image
-from melfusion_pipeline.inversion_melfusion import to_rgb
+from melfusion_pipeline.pictures_melfusion import to_rgb
 
 TRAINING = "training.json"
 SAMPLES = "samples"

@@ -45,7 +45,7 @@ from melfusion_pipeline.data import (
     read_triplet,
     select_good_rows,
 )
-from melfusion_pipeline.inversion_melfusion import prepare_image
+from melfusion_pipeline.pictures_melfusion import prepare_image
 from melfusion_pipeline.plotting import plot_mel_spectrogram
 from melfusion_pipeline.training import TRAINABLE, MelFusionObjective, MusicLatentCache, TrajectoryCache, freeze
 

@@ -2,9 +2,13 @@
 
 | module | what it holds |
 |---|---|
-| `melfusion_pipeline.pipeline_melfusion` | `MelFusionPipeline`: composing, loading, calling, saving |
+| `melfusion_pipeline.pipeline_melfusion` | `MelFusionPipeline`: the call and its stages |
+| `melfusion_pipeline.checkpoint_melfusion` | composing, loading and saving pipelines |
 | `melfusion_pipeline.modeling_melfusion` | `VisualSynapse`: what is learned |
-| `melfusion_pipeline.inversion_melfusion` | DDIM inversion of a picture, and `ImageFeatures`, what it yields |
+| `melfusion_pipeline.pictures_melfusion` | whatever a user calls a picture, prepared for the image VAE |
+| `melfusion_pipeline.features_melfusion` | `ImageFeatures`: what a picture contributes to the music |
+| `melfusion_pipeline.inversion_melfusion` | DDIM inversion of a picture, recording its features |
+| `melfusion_pipeline.checks_melfusion` | refusing what a call cannot do |
 | `melfusion_pipeline.attention_melfusion` | the attention processors that record and blend keys and values |
 | `melfusion_pipeline.audio` | sound files, and the way from a waveform to music latents |
 | `melfusion_pipeline.data` | sets of triplets: reading and checking |
@@ -14,7 +18,7 @@
 | `melfusion_pipeline.plotting` | figures to look at |
 """
 
-from .inversion_melfusion import ImageFeatures
+from .features_melfusion import ImageFeatures
 from .modeling_melfusion import VisualSynapse
 from .pipeline_melfusion import MelFusionPipeline
 

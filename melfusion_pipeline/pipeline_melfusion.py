@@ -1,31 +1,19 @@
 """MeLFusion (arXiv 2406.04673): a picture and a sentence become music."""
 
 import functools
-import importlib
 import inspect
-import json
 import math
-import os
-import shutil
-import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
-import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import (
     AudioPipelineOutput,
     AutoencoderKL,
-    DDIMScheduler,
     DiffusionPipeline,
     ModelMixin,
     SchedulerMixin,
@@ -34,7 +22,6 @@ from diffusers import (
 )
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
-from safetensors import SafetensorError, safe_open
 from transformers import (
     ClapTextModelWithProjection,
     CLIPTextModel,
@@ -44,36 +31,13 @@ from transformers import (
 )
 
 from .attention_melfusion import KVBlenders, use_attn_processors
-from .inversion_melfusion import (
-    FEATURE_SOURCES,
-    PREDICTION_TYPES,
-    ImageFeatures,
-    as_pil_images,
-    prepare_image,
-    record_image_features,
-)
+from .checkpoint_melfusion import CheckpointMixin
+from .checks_melfusion import check_call, check_finite, check_image_inputs
+from .features_melfusion import ImageFeatures
+from .inversion_melfusion import record_image_features
+from .pictures_melfusion import Image, as_pil_images, prepare_image
 
 logger = logging.get_logger(__name__)
-
-OUTPUT_TYPES = ("np", "pt", "mel", "latent")
-# Beyond these a typing error is likelier than a machine that can do it.
-MAX_AUDIO_LENGTH_IN_S = 3600.0
-MAX_WAVEFORMS_PER_PROMPT = 1000
-MAX_IMAGE_SIZE = 8192
-# What a checkpoint carries so that it loads without this package (with `trust_remote_code=True`).
-CODE_FILES = ("pipeline_melfusion.py", "attention_melfusion.py", "inversion_melfusion.py")
-# In an index without components of its own: the folder in which they lie.
-CHECKPOINT_KEY = "_checkpoint"
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-# The JSON files of a checkpoint and what each must say: one of these, or it is empty or another file.
-IDENTITY_KEYS = {
-    "config.json": ("_class_name", "model_type"),
-    "scheduler_config.json": ("_class_name",),
-    "tokenizer_config.json": ("tokenizer_class",),
-    "tokenizer.json": ("model",),
-}
-
-Image = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image | np.ndarray | torch.Tensor]
 
 
 def _one_at_a_time(method: Callable) -> Callable:
@@ -87,7 +51,7 @@ def _one_at_a_time(method: Callable) -> Callable:
     return locked
 
 
-class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
+class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin):
     """Generates music from a picture, a text prompt or both.
 
     The picture is DDIM-inverted through a frozen text-to-image UNet; the keys and values of its decoder self-attention
@@ -185,212 +149,9 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
             return (0.0, 1.0, 1.0)
         return (1.0, 1.0) if self.do_classifier_free_guidance else (1.0,)
 
-    # ------------------------------------------------------------------------------------------------ lifecycle
-
-    def check_inputs(
-        self,
-        image: list[PIL.Image.Image] | None,
-        prompt: str | list[str] | None,
-        audio_length_in_s: float,
-        num_inference_steps: int,
-        num_inversion_steps: int,
-        guidance_scale: float,
-        image_guidance_scale: float | None,
-        synapse_scale: float | list[float],
-        negative_prompt: str | list[str] | None,
-        num_waveforms_per_prompt: int,
-        eta: float,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        prompt_embeds: torch.Tensor | None,
-        negative_prompt_embeds: torch.Tensor | None,
-        image_prompt: str | list[str],
-        image_size: int | None,
-        image_features: ImageFeatures | None,
-        feature_source: str,
-        output_type: str,
-        cross_attention_kwargs: dict[str, Any] | None,
-        callback_on_step_end_tensor_inputs: list[str],
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
-    ) -> tuple[int, int]:
-        """Refuses arguments of `__call__` that cannot work, before any model runs.
-
-        Returns:
-            The number of prompts and the number of pictures (0 without a picture).
-
-        Raises:
-            TypeError: If an argument has the wrong type.
-            ValueError: If a value is out of range or contradicts another one. Either names argument, value and remedy.
-        """
-        _check_integer("num_inference_steps", num_inference_steps, 1, self.scheduler.config.num_train_timesteps)
-        _check_integer("num_waveforms_per_prompt", num_waveforms_per_prompt, 1, MAX_WAVEFORMS_PER_PROMPT)
-        _check_real("guidance_scale", guidance_scale)
-        _check_real("eta", eta, 0.0, 1.0)
-        frame_length = self.vae_scale_factor * self._seconds_per_frame
-        _check_real("audio_length_in_s", audio_length_in_s, frame_length * (1 - 1e-6), MAX_AUDIO_LENGTH_IN_S)
-        _check_choice("output_type", output_type, OUTPUT_TYPES)
-        if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, dict):
-            raise TypeError(f"`cross_attention_kwargs` must be a dict or None, got {cross_attention_kwargs!r}.")
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise TypeError(f"`callback_on_step_end` must be callable or None, got {callback_on_step_end!r}.")
-        if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
-            raise TypeError(
-                f"`callback_on_step_end_tensor_inputs` must be a list, got {callback_on_step_end_tensor_inputs!r}."
-            )
-        for name in callback_on_step_end_tensor_inputs:
-            _check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
-
-        self._check_components()
-        num_images = 0
-        if image is not None and image_features is not None:
-            raise ValueError("Pass `image` or `image_features`, not both: the features already stand for the picture.")
-        if image is not None:
-            num_images = len(image)
-            self._check_image_inputs(num_images, image_prompt, image_size, num_inversion_steps, feature_source)
-        if image_features is not None:
-            num_images = self._check_image_features(image_features)
-        if num_images:
-            self._check_synapse_scale(synapse_scale)
-        if image_guidance_scale is not None:
-            _check_real("image_guidance_scale", image_guidance_scale)
-            if not num_images:
-                raise ValueError(
-                    f"`image_guidance_scale` is {image_guidance_scale}, but there is no picture: pass `image` or"
-                    " `image_features`, or leave it None."
-                )
-
-        num_prompts = self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images)
-        if num_images > 1 and num_prompts > 1 and num_images != num_prompts:
-            raise ValueError(
-                f"{num_images} pictures cannot meet {num_prompts} prompts: pass equal numbers, or one of either."
-            )
-        batch_size = max(num_prompts, num_images) * num_waveforms_per_prompt
-        self._check_generator(generator, batch_size)
-        if latents is not None:
-            _check_float_tensor("latents", latents)
-            shape = (batch_size, *self._latent_shape(audio_length_in_s))
-            if tuple(latents.shape) != shape:
-                raise ValueError(
-                    f"`latents` must have the shape {list(shape)} (batch, channels, time, frequency) for"
-                    f" {audio_length_in_s} s, got {list(latents.shape)}."
-                )
-            if not latents.isfinite().all():
-                raise ValueError("`latents` holds NaN or infinite values.")
-        return num_prompts, num_images
-
-    def _check_prompts(
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        prompt_embeds: torch.Tensor | None,
-        negative_prompt_embeds: torch.Tensor | None,
-        num_images: int,
-    ) -> int:
-        if prompt is None and prompt_embeds is None and not num_images:
-            raise ValueError("There is nothing to make music of: pass `image`, `prompt` or both.")
-        for name, text, embeds in (
-            ("prompt", prompt, prompt_embeds),
-            ("negative_prompt", negative_prompt, negative_prompt_embeds),
-        ):
-            _check_text(name, text)
-            if text is not None and embeds is not None:
-                raise ValueError(f"Pass `{name}` or `{name}_embeds`, not both: got {text!r} and a tensor.")
-            if embeds is None:
-                continue
-            _check_float_tensor(f"{name}_embeds", embeds)
-            width = self.unet.config.projection_class_embeddings_input_dim
-            if embeds.ndim != 2 or embeds.shape[1] != width or not len(embeds):
-                raise ValueError(f"`{name}_embeds` must have the shape [prompts, {width}], got {list(embeds.shape)}.")
-            if not embeds.isfinite().all():
-                raise ValueError(f"`{name}_embeds` holds NaN or infinite values.")
-
-        num_prompts = _count(prompt) if prompt_embeds is None else len(prompt_embeds)
-        num_negatives = _count(negative_prompt) if negative_prompt_embeds is None else len(negative_prompt_embeds)
-        if num_negatives not in (1, num_prompts):
-            raise ValueError(
-                f"{num_negatives} negative prompts do not match {num_prompts} prompts: pass equal numbers, or one"
-                " `negative_prompt` for all."
-            )
-        return num_prompts
-
-    def _check_image_inputs(
-        self,
-        num_images: int,
-        image_prompt: str | list[str],
-        image_size: int | None,
-        num_inversion_steps: int,
-        feature_source: str,
-    ) -> None:
-        self.synapse.check_unets(self.image_unet, self.unet)
-        _check_integer("num_inversion_steps", num_inversion_steps, 1, self.image_scheduler.config.num_train_timesteps)
-        _check_choice("feature_source", feature_source, FEATURE_SOURCES)
-        _check_text("image_prompt", image_prompt)
-        if image_prompt is None or _count(image_prompt) not in (1, num_images):
-            raise ValueError(f"`image_prompt` must be one text or {num_images}, one a picture, got {image_prompt!r}.")
-        if image_size is not None:
-            _check_integer("image_size", image_size, self.image_vae_scale_factor)
-            if image_size % self.image_vae_scale_factor or image_size > MAX_IMAGE_SIZE:
-                raise ValueError(
-                    f"`image_size` must be a multiple of {self.image_vae_scale_factor} pixels, at most"
-                    f" {MAX_IMAGE_SIZE}, got {image_size}."
-                )
-        prediction_type = self.image_scheduler.config.prediction_type
-        _check_choice("image_scheduler.config.prediction_type", prediction_type, PREDICTION_TYPES)
-
-    def _check_image_features(self, image_features: ImageFeatures) -> int:
-        if not isinstance(image_features, ImageFeatures):
-            raise TypeError(
-                f"`image_features` must be what `encode_image` returns, got {type(image_features).__name__}."
-            )
-        self.synapse.check_unets(None, self.unet)
-        self.synapse.check_image_features(image_features.keys)
-        tensors = (*image_features.keys.values(), *image_features.values.values())
-        if not all(tensor.isfinite().all() for tensor in tensors):
-            raise ValueError("`image_features` holds NaN or infinite values.")
-        return image_features.num_images
-
-    def _check_components(self) -> None:
-        """Refuses components that have taken one another's place, as far as they can be told apart."""
-        if self.unet is not None and self.unet.config.class_embed_type != "simple_projection":
-            raise ValueError(
-                "`unet` must condition on CLAP embeddings, but its class_embed_type is"
-                f" {self.unet.config.class_embed_type!r}: is it the picture's?"
-            )
-        for name, channels in (("vae", 1), ("image_vae", 3)):
-            vae = getattr(self, name)
-            if vae is not None and vae.config.out_channels != channels:
-                raise ValueError(f"`{name}` must decode to {channels} channels, but has {vae.config.out_channels}.")
-        for name in ("", "image_"):
-            tokenizer, encoder = getattr(self, f"{name}tokenizer"), getattr(self, f"{name}text_encoder")
-            if None not in (tokenizer, encoder) and len(tokenizer) > encoder.config.vocab_size:
-                raise ValueError(
-                    f"`{name}tokenizer` knows {len(tokenizer)} tokens, but `{name}text_encoder` only"
-                    f" {encoder.config.vocab_size}: they do not belong together."
-                )
-
-    def _check_synapse_scale(self, synapse_scale: float | list[float]) -> None:
-        num_layers = len(self.synapse.config.music_layers)
-        if isinstance(synapse_scale, (np.ndarray, torch.Tensor)):
-            synapse_scale = synapse_scale.tolist()
-        if not isinstance(synapse_scale, (list, tuple)):
-            return _check_real("synapse_scale", synapse_scale)
-        if len(synapse_scale) != num_layers:
-            raise ValueError(
-                f"`synapse_scale` must be one number or {num_layers}, one a layer, got {len(synapse_scale)} numbers."
-            )
-        for scale in synapse_scale:
-            _check_real("synapse_scale", scale)
-
-    @staticmethod
-    def _check_generator(generator: Any, batch_size: int) -> None:
-        generators = generator if isinstance(generator, list) else [generator]
-        if generator is not None and not all(isinstance(single, torch.Generator) for single in generators):
-            raise TypeError(f"`generator` must be a torch.Generator, a list of them or None, got {generator!r}.")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` is a list of {len(generator)}, but {batch_size} waveforms are to be made (prompts or"
-                " pictures times `num_waveforms_per_prompt`): pass as many, or one generator."
-            )
+    def check_inputs(self, **arguments: Any) -> tuple[int, int]:
+        """See `checks_melfusion.check_call`."""
+        return check_call(self, **arguments)
 
     @torch.no_grad()
     @_one_at_a_time
@@ -471,7 +232,7 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
             TypeError, ValueError: As `__call__`.
         """
         image = as_pil_images(image)
-        self._check_image_inputs(len(image), image_prompt, image_size, num_inversion_steps, feature_source)
+        check_image_inputs(self, len(image), image_prompt, image_size, num_inversion_steps, feature_source)
         prompt_embeds = self.encode_image_prompt(image_prompt, len(image))
         features = record_image_features(
             self.image_unet,
@@ -483,7 +244,7 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
             feature_source,
             self.progress_bar,
         )
-        _check_finite("the inversion of the picture", *features.keys.values(), *features.values.values())
+        check_finite("the inversion of the picture", *features.keys.values(), *features.values.values())
         return replace(features, image_size=image_size or self.default_image_size)
 
     @property
@@ -723,29 +484,29 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
         if audio_length_in_s is None:
             audio_length_in_s = self.unet.config.sample_size * self.vae_scale_factor * self._seconds_per_frame
         num_prompts, num_images = self.check_inputs(
-            image,
-            prompt,
-            audio_length_in_s,
-            num_inference_steps,
-            num_inversion_steps,
-            guidance_scale,
-            image_guidance_scale,
-            synapse_scale,
-            negative_prompt,
-            num_waveforms_per_prompt,
-            eta,
-            generator,
-            latents,
-            prompt_embeds,
-            negative_prompt_embeds,
-            image_prompt,
-            image_size,
-            image_features,
-            feature_source,
-            output_type,
-            cross_attention_kwargs,
-            callback_on_step_end_tensor_inputs,
-            callback_on_step_end,
+            image=image,
+            prompt=prompt,
+            audio_length_in_s=audio_length_in_s,
+            num_inference_steps=num_inference_steps,
+            num_inversion_steps=num_inversion_steps,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            synapse_scale=synapse_scale,
+            negative_prompt=negative_prompt,
+            num_waveforms_per_prompt=num_waveforms_per_prompt,
+            eta=eta,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            image_prompt=image_prompt,
+            image_size=image_size,
+            image_features=image_features,
+            feature_source=feature_source,
+            output_type=output_type,
+            cross_attention_kwargs=cross_attention_kwargs,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback_on_step_end=callback_on_step_end,
         )
         self._guidance_scale = guidance_scale
         self._image_guidance_scale = image_guidance_scale
@@ -762,7 +523,7 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
             self.do_classifier_free_guidance,
             device,
         )
-        _check_finite("the encoding of the prompt", prompt_embeds)
+        check_finite("the encoding of the prompt", prompt_embeds)
         branches = [negative_prompt_embeds] * (len(self.image_branches) - 1) + [prompt_embeds]
         prompt_embeds = torch.cat(
             [embeds.expand(batch_size, -1).repeat_interleave(num_waveforms_per_prompt, dim=0) for embeds in branches]
@@ -822,16 +583,16 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
                     progress_bar.update()
 
         # 7. Decode
-        _check_finite("denoising", latents)
+        check_finite("denoising", latents)
         audio = latents
         if output_type != "latent":
             audio = self.decode_latents(latents)
-            _check_finite("the VAE decoder", audio)
+            check_finite("the VAE decoder", audio)
         if output_type == "mel":
             audio = audio.squeeze(1)[:, : self._num_frames(audio_length_in_s)]
         elif output_type != "latent":
             audio = self.mel_spectrogram_to_waveform(audio)
-            _check_finite("the vocoder", audio)
+            check_finite("the vocoder", audio)
             audio = audio[:, : round(audio_length_in_s * self.vocoder.config.sampling_rate)]
         if output_type == "np":
             audio = audio.numpy()
@@ -841,326 +602,6 @@ class MelFusionPipeline(DiffusionPipeline, StableDiffusionMixin):
             return (audio,)
         return AudioPipelineOutput(audios=audio)
 
-    # -------------------------------------------------------------------------------- composing, saving, loading
-
-    @classmethod
-    def from_base_models(
-        cls,
-        image_model: str | os.PathLike,
-        music_model: str | os.PathLike,
-        synapse: str | os.PathLike | ModelMixin | None = None,
-        **kwargs: Any,
-    ) -> "MelFusionPipeline":
-        """Composes a Stable Diffusion checkpoint with an AudioLDM or MusicLDM checkpoint.
-
-        Args:
-            image_model: Hub id or folder of a text-to-image checkpoint with a `UNet2DConditionModel`.
-            music_model: Hub id or folder of an AudioLDM or MusicLDM checkpoint.
-            synapse: Hub id or folder (of a synapse alone or of a whole pipeline), a `VisualSynapse`, or None:
-                untrained, with alpha = 0, so that the music does not follow the picture yet.
-            **kwargs: `torch_dtype` (or dtype), `variant`, `cache_dir`, `token`, `revision`, `local_files_only`, ...,
-                as `from_pretrained` takes them. Only safetensors weights are read.
-
-        Returns:
-            A pipeline with every component.
-
-        Raises:
-            ValueError: If a UNet needs a conditioning that this pipeline does not give, or the decoders do not match.
-        """
-        dtype = kwargs.pop("torch_dtype", None)
-        dtype = kwargs.pop("dtype", dtype)
-        kwargs.setdefault("use_safetensors", True)
-        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-
-        def load(component_class: type, model: str | os.PathLike, subfolder: str) -> Any:
-            folder = Path(model, subfolder)
-            with _named_errors(folder):
-                if not issubclass(component_class, torch.nn.Module):
-                    return component_class.from_pretrained(model, subfolder=subfolder, **hub_kwargs)
-                dtype_name = "torch_dtype" if issubclass(component_class, ModelMixin) else "dtype"
-                load_kwargs = {**kwargs, dtype_name: dtype}
-                component = component_class.from_pretrained(model, subfolder=subfolder, **load_kwargs)
-            _check_weights(component, folder)
-            return component
-
-        scheduler_config = DDIMScheduler.load_config(music_model, subfolder="scheduler", **hub_kwargs)
-        components = {
-            "vae": load(AutoencoderKL, music_model, "vae"),
-            "text_encoder": load(ClapTextModelWithProjection, music_model, "text_encoder"),
-            "tokenizer": load(RobertaTokenizer, music_model, "tokenizer"),
-            "unet": load(UNet2DConditionModel, music_model, "unet"),
-            "scheduler": load(getattr(diffusers, scheduler_config["_class_name"]), music_model, "scheduler"),
-            "vocoder": load(SpeechT5HifiGan, music_model, "vocoder"),
-            "image_vae": load(AutoencoderKL, image_model, "vae"),
-            "image_text_encoder": load(CLIPTextModel, image_model, "text_encoder"),
-            "image_tokenizer": load(CLIPTokenizer, image_model, "tokenizer"),
-            "image_unet": load(UNet2DConditionModel, image_model, "unet"),
-            "image_scheduler": load(DDIMScheduler, image_model, "scheduler"),
-        }
-        _check_unets(components["image_unet"], components["unet"])
-        synapse_class = importlib.import_module(f"{__package__}.modeling_melfusion").VisualSynapse
-        if synapse is None:
-            synapse = synapse_class.from_unets(components["image_unet"], components["unet"]).to(dtype).eval()
-        elif not isinstance(synapse, ModelMixin):
-            synapse = _load_synapse(synapse_class, synapse, torch_dtype=dtype, **kwargs)
-        synapse.check_unets(components["image_unet"], components["unet"])
-        return cls(**components, synapse=synapse)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "MelFusionPipeline":
-        """Loads a checkpoint, as `DiffusionPipeline.from_pretrained`, from safetensors only.
-
-        A folder whose index names another folder inside it as the checkpoint is followed there: so the root of this
-        project's repository loads its bundled checkpoint.
-
-        Args:
-            pretrained_model_name_or_path: Hub id or folder.
-            **kwargs: As `DiffusionPipeline.from_pretrained` takes them.
-
-        Returns:
-            The pipeline; the checkpoint's own code does not run.
-
-        Raises:
-            OSError: If files are missing or incomplete, also those of a folder named by the index.
-            ValueError: If files are no JSON, or hold something else than the index says, or not all of the weights, or
-                the folder named by the index lies outside. Either names the file or the folder.
-        """
-        kwargs.setdefault("use_safetensors", True)
-        source = _follow_index(pretrained_model_name_or_path, cls.config_name)
-        index = Path(source, cls.config_name)
-        if index.is_file():
-            _check_checkpoint(index, inspect.signature(cls).parameters.keys() - kwargs.keys())
-        with _named_errors(source):
-            pipe = super().from_pretrained(source, **kwargs)
-            pipe._check_components()
-            if pipe.synapse is not None:
-                pipe.synapse.check_unets(pipe.image_unet, pipe.unet)
-        for name in pipe.components.keys() - kwargs.keys():
-            _check_weights(getattr(pipe, name), Path(source, name))
-        return pipe
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "MelFusionPipeline":
-        """Makes another pipeline of the same components, without memory of its own.
-
-        Args:
-            pipeline: The pipeline that has them.
-            **kwargs: As `DiffusionPipeline.from_pipe` takes them, such as a component to use instead.
-
-        Returns:
-            The other pipeline.
-        """
-        # diffusers hands over models of the annotated class only, and this file must not import the synapse's.
-        kwargs.setdefault("synapse", getattr(pipeline, "synapse", None))
-        return super().from_pipe(pipeline, **kwargs)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Saves the pipeline with the code that loads it, as `DiffusionPipeline.save_pretrained`.
-
-        Everything is written to a hidden folder in `save_directory` first and moved file by file when it is complete,
-        so that a full disk leaves what was there before. Weights are safetensors whatever `safe_serialization` says.
-
-        Args:
-            save_directory: The folder, made if it does not exist.
-            **kwargs: As `DiffusionPipeline.save_pretrained` takes them, such as `variant`.
-
-        Raises:
-            ValueError: If `save_directory` is a file.
-        """
-        if not kwargs.pop("safe_serialization", True):
-            logger.warning("`safe_serialization=False` is ignored: this pipeline saves safetensors only.")
-        target = Path(save_directory)
-        if target.is_file():
-            raise ValueError(f"`save_directory` must be a folder, got the file {target}.")
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", target.name)
-        target.mkdir(parents=True, exist_ok=True)
-        # Inside, because the folder may be a mount of its own, to which nothing can be moved from outside.
-        with tempfile.TemporaryDirectory(dir=target, prefix=".partial-") as staging:
-            super().save_pretrained(staging, **kwargs)
-            # The index last: where it lies, what it names is complete.
-            files = sorted(Path(staging).rglob("*"), key=lambda file: file.name == self.config_name)
-            for file in files:
-                if file.is_file():
-                    destination = target / file.relative_to(staging)
-                    destination.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(file, destination)
-
-    def save_config(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Writes `model_index.json` and, beside it, the code that loads the checkpoint without this package.
-
-        Arguments are those of `ConfigMixin.save_config`; the files go into `save_directory`.
-        """
-        for name in CODE_FILES:
-            shutil.copyfile(Path(__file__).with_name(name), Path(save_directory, name))
-        if self.synapse is not None:
-            module = sys.modules[type(self.synapse).__module__]
-            folder = Path(save_directory, "synapse")
-            folder.mkdir(exist_ok=True)
-            shutil.copyfile(module.__file__, folder / "modeling_melfusion.py")
-        super().save_config(save_directory, **kwargs)
-
-    def to_json_string(self) -> str:
-        """The index as the Hub needs it: pipeline and synapse under their file names, not this package's."""
-        config = json.loads(super().to_json_string())
-        config["_class_name"] = ["pipeline_melfusion", "MelFusionPipeline"]
-        if self.synapse is not None:
-            config["synapse"] = ["modeling_melfusion", "VisualSynapse"]
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-    @classmethod
-    def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        # With the plain name diffusers uses this class and never runs the checkpoint's own code.
-        config = super()._dict_from_json_file(*args, **kwargs)
-        if isinstance(config.get("_class_name"), list):
-            config["_class_name"] = config["_class_name"][-1]
-        return config
-
-    @classmethod
-    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Reads the index, as `ConfigMixin.load_config`; the synapse's class is the installed one, not the file's."""
-        loaded = super().load_config(*args, **kwargs)
-        config = loaded[0] if isinstance(loaded, tuple) else loaded
-        installed = f"{__package__}.modeling_melfusion"
-        if (config.get("synapse") or [None])[0] == "modeling_melfusion" and installed in sys.modules:
-            config["synapse"] = [installed, "VisualSynapse"]
-        return loaded
-
-
-def _follow_index(folder: str | os.PathLike, index_name: str) -> str | os.PathLike:
-    if not isinstance(folder, (str, os.PathLike)):
-        raise TypeError(f"`pretrained_model_name_or_path` must be a str or a path, got {folder!r}.")
-    index = Path(folder, index_name)
-    checkpoint = _read_json(index).get(CHECKPOINT_KEY) if index.is_file() else None
-    if checkpoint is None:
-        return folder
-    if not isinstance(checkpoint, str) or "\0" in checkpoint:
-        raise ValueError(f"{index}: `{CHECKPOINT_KEY}` must be the path of a folder, got {checkpoint!r:.80}.")
-    root = Path(folder).resolve()
-    target = (root / checkpoint).resolve()
-    if not target.is_relative_to(root):
-        raise ValueError(f"{index} names the checkpoint {checkpoint!r}, which lies outside of its folder.")
-    if not (target / index_name).is_file():
-        raise FileNotFoundError(
-            f"The bundled checkpoint is not there yet: {index} names {checkpoint!r}, which holds no {index_name}."
-            " Compose a pipeline with `MelFusionPipeline.from_base_models(image_model, music_model)`, or load another"
-            " checkpoint."
-        )
-    return target
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {content!r:.80}.")
-    return content
-
-
-def _check_checkpoint(index: Path, names: Iterable[str]) -> None:
-    """Refuses a folder whose files are missing, damaged or swapped: much of it would load, or fail without a name.
-
-    Args:
-        index: `model_index.json` in the folder.
-        names: The components that are to be loaded.
-    """
-    entries = _read_json(index)
-    if "_class_name" not in entries:
-        raise ValueError(f"{index} is damaged or another file: it holds no _class_name.")
-    for name, entry in entries.items():
-        if name not in names or entry == [None, None]:
-            continue
-        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
-            raise ValueError(f"{index}: `{name}` must be a pair of library and class, got {entry!r:.80}.")
-        _check_component_files(index.with_name(name), entry[1])
-
-
-def _check_component_files(folder: Path, class_name: str) -> None:
-    kind = next((kind for kind in ("scheduler_", "tokenizer_") if kind[:-1] in class_name.lower()), "")
-    config = folder / f"{kind}config.json"
-    contents = {file.name: _read_json(file) for file in sorted(folder.glob("*.json"))}
-    if config.name not in contents:
-        raise FileNotFoundError(f"{config} is missing.")
-    if kind == "tokenizer_" and not contents.keys() & {"tokenizer.json", "vocab.json"}:
-        raise FileNotFoundError(f"{folder / 'tokenizer.json'} is missing: the tokenizer would know no words.")
-    for name, keys in IDENTITY_KEYS.items():
-        if name in contents and not contents[name].keys() & set(keys):
-            raise ValueError(f"{folder / name} is damaged or another file: it holds no {' or '.join(keys)}.")
-
-    found = contents[config.name].get("_class_name") or contents[config.name].get("tokenizer_class")
-    family = str(contents[config.name].get("model_type", "")).partition("_")[0]
-    if (found and str(found).removesuffix("Fast") != class_name.removesuffix("Fast")) or (
-        not found and family not in class_name.lower()
-    ):
-        raise ValueError(f"{config} is of a {found or family}, the index names a {class_name}: are folders swapped?")
-    for file in sorted(folder.glob("*.safetensors")):
-        _weight_names(file)
-
-
-def _weight_names(file: Path) -> set[str]:
-    try:
-        with safe_open(file, framework="pt") as weights:
-            return set(weights.keys())
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"{file} is no complete safetensors file: {error}. Get it again.") from error
-
-
-def _check_weights(component: Any, folder: Path) -> None:
-    """Refuses a component that its files hold in part only: the libraries leave the rest at random with a warning."""
-    if not isinstance(component, torch.nn.Module) or getattr(component, "hf_quantizer", None) is not None:
-        return
-    stored = set().union(*map(_weight_names, folder.glob("*.safetensors")))
-    missing = component.state_dict().keys() - stored
-    # Older files have other names for some weights, which the libraries know: those are not missing.
-    if stored and len(missing) > len(stored - component.state_dict().keys()):
-        names = ", ".join(sorted(missing)[:3])
-        raise ValueError(f"{folder} holds too few weights for a {type(component).__name__}: no {names}, ...")
-
-
-@contextmanager
-def _named_errors(source: str | os.PathLike) -> Iterator[None]:
-    """Gives an error that does not say what could not be loaded a name."""
-    try:
-        yield
-    except (OSError, ImportError):
-        raise
-    except Exception as error:
-        if os.fspath(source) in str(error):
-            raise
-        raise ValueError(f"{os.fspath(source)} cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def _load_synapse(synapse_class: type, synapse: str | os.PathLike, **kwargs: Any) -> ModelMixin:
-    """Loads a synapse from its own folder or repository, or from a whole pipeline's."""
-    try:
-        return synapse_class.from_pretrained(synapse, subfolder="synapse", **kwargs)
-    except OSError:
-        return synapse_class.from_pretrained(synapse, **kwargs)
-
-
-def _check_unets(image_unet: ModelMixin, unet: ModelMixin) -> None:
-    if image_unet.config.addition_embed_type is not None or image_unet.config.class_embed_type is not None:
-        raise ValueError(
-            "`image_model` needs conditioning beside its text (addition_embed_type="
-            f"{image_unet.config.addition_embed_type!r}, class_embed_type={image_unet.config.class_embed_type!r}):"
-            " use a checkpoint of the Stable Diffusion 1 or 2 family."
-        )
-    if unet.config.class_embed_type != "simple_projection":
-        raise ValueError(
-            f"`music_model` must condition on CLAP embeddings, but its class_embed_type is"
-            f" {unet.config.class_embed_type!r}: use an AudioLDM or MusicLDM checkpoint."
-        )
-
-
-def _check_finite(stage: str, *tensors: torch.Tensor) -> None:
-    if not all(tensor.isfinite().all() for tensor in tensors):
-        raise FloatingPointError(
-            f"NaN or infinite values appeared in {stage}: its weights are damaged, or its values too large for"
-            f" {tensors[0].dtype}. Try another dtype, or load the weights again."
-        )
-
 
 def _tokenize(tokenizer: Any, texts: list[str], max_length: int, device: torch.device) -> Any:
     inputs = tokenizer(texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
@@ -1168,47 +609,3 @@ def _tokenize(tokenizer: Any, texts: list[str], max_length: int, device: torch.d
     if longest > max_length:
         logger.warning(f"A text of {longest} tokens was cut to the {max_length} that the text encoder takes.")
     return inputs.to(device)
-
-
-def _count(text: str | list[str] | None) -> int:
-    return len(text) if isinstance(text, list) else 1
-
-
-def _check_text(name: str, text: Any) -> None:
-    texts = text if isinstance(text, list) else [text]
-    if text is not None and not all(isinstance(single, str) for single in texts):
-        raise TypeError(f"`{name}` must be a str or a list of str, got {text!r}.")
-    if not texts:
-        raise ValueError(f"`{name}` is an empty list: pass one text at least.")
-    try:
-        "".join(texts if text is not None else []).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"`{name}` holds characters that belong to no text: {error}.") from error
-
-
-def _check_float_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        found = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-        raise TypeError(f"`{name}` must be a torch tensor of floating-point numbers, got {found}.")
-
-
-def _check_choice(name: str, value: Any, choices: Any) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
-
-
-def _check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"`{name}` must be an int, got {value!r}.")
-    if value < minimum or (maximum is not None and value > maximum):
-        limits = f"at least {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
-        raise ValueError(f"`{name}` must be {limits}, got {value}.")
-
-
-def _check_real(name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    # Compared instead of converted: an int may be larger than any float.
-    if not max(minimum, -sys.float_info.max) <= value <= min(maximum, sys.float_info.max):
-        limits = "" if minimum == -math.inf else f" and in [{minimum:g}, {maximum:g}]"
-        raise ValueError(f"`{name}` must be finite{limits}, got {value}.")

@@ -32,9 +32,10 @@ from untrained import untrained_components  # noqa: E402
 
 from melfusion_pipeline import ImageFeatures, MelFusionPipeline  # noqa: E402
 from melfusion_pipeline.audio import load_audio, save_audio  # noqa: E402
+from melfusion_pipeline.checks_melfusion import OUTPUT_TYPES  # noqa: E402
 from melfusion_pipeline.data import convert_musiccaps, load_rows, open_image, read_triplet  # noqa: E402
-from melfusion_pipeline.inversion_melfusion import FEATURE_SOURCES, prepare_image  # noqa: E402
-from melfusion_pipeline.pipeline_melfusion import OUTPUT_TYPES  # noqa: E402
+from melfusion_pipeline.features_melfusion import FEATURE_SOURCES  # noqa: E402
+from melfusion_pipeline.pictures_melfusion import prepare_image  # noqa: E402
 
 REFUSALS = (ValueError, TypeError, OSError)
 TIME_LIMIT_IN_S = 30

@@ -26,7 +26,7 @@ from melfusion_pipeline.data import (
     read_triplet,
     select_good_rows,
 )
-from melfusion_pipeline.inversion_melfusion import prepare_image
+from melfusion_pipeline.pictures_melfusion import prepare_image
 
 
 def write_music(path: Path, seconds: float = 2.0, sampling_rate: int = 16000, seed: int = 0) -> None:

@@ -18,7 +18,8 @@ from untrained import picture_unet, untrained_components
 from melfusion_pipeline import MelFusionPipeline, VisualSynapse
 
 ROOT = Path(__file__).parents[1]
-CODE = {"pipeline_melfusion.py", "attention_melfusion.py", "inversion_melfusion.py", "synapse/modeling_melfusion.py"}
+ROOMS = "attention checkpoint checks features inversion pictures pipeline".split()
+CODE = {f"{room}_melfusion.py" for room in ROOMS} | {"synapse/modeling_melfusion.py"}
 
 
 def play(pipe: DiffusionPipeline) -> np.ndarray:

@@ -15,7 +15,7 @@ from measure_music import drum_presence, onset_rate, register
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import log_mel_spectrogram
-from melfusion_pipeline.inversion_melfusion import prepare_image
+from melfusion_pipeline.pictures_melfusion import prepare_image
 
 ROOT = Path(__file__).parents[1]
 # Name: (stirring, bright), as the rule of `examples/small_checkpoint/mood.py` has it.

@@ -1,0 +1,282 @@
+"""Refusing what a call cannot do, before any model runs."""
+
+import math
+import sys
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from .features_melfusion import FEATURE_SOURCES, ImageFeatures
+
+OUTPUT_TYPES = ("np", "pt", "mel", "latent")
+# Beyond these a typing error is likelier than a machine that can do it.
+MAX_AUDIO_LENGTH_IN_S = 3600.0
+MAX_WAVEFORMS_PER_PROMPT = 1000
+MAX_IMAGE_SIZE = 8192
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+def check_call(
+    pipe: Any,
+    *,
+    image: list[PIL.Image.Image] | None,
+    prompt: str | list[str] | None,
+    audio_length_in_s: float,
+    num_inference_steps: int,
+    num_inversion_steps: int,
+    guidance_scale: float,
+    image_guidance_scale: float | None,
+    synapse_scale: float | list[float],
+    negative_prompt: str | list[str] | None,
+    num_waveforms_per_prompt: int,
+    eta: float,
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: torch.Tensor | None,
+    prompt_embeds: torch.Tensor | None,
+    negative_prompt_embeds: torch.Tensor | None,
+    image_prompt: str | list[str],
+    image_size: int | None,
+    image_features: ImageFeatures | None,
+    feature_source: str,
+    output_type: str,
+    cross_attention_kwargs: dict[str, Any] | None,
+    callback_on_step_end_tensor_inputs: list[str],
+    callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+) -> tuple[int, int]:
+    """Refuses arguments of `__call__` that cannot work, before any model runs.
+
+    Returns:
+        The number of prompts and the number of pictures (0 without a picture).
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a value is out of range or contradicts another one. Either names argument, value and remedy.
+    """
+    check_integer("num_inference_steps", num_inference_steps, 1, pipe.scheduler.config.num_train_timesteps)
+    check_integer("num_waveforms_per_prompt", num_waveforms_per_prompt, 1, MAX_WAVEFORMS_PER_PROMPT)
+    check_real("guidance_scale", guidance_scale)
+    check_real("eta", eta, 0.0, 1.0)
+    frame_length = pipe.vae_scale_factor * pipe._seconds_per_frame
+    check_real("audio_length_in_s", audio_length_in_s, frame_length * (1 - 1e-6), MAX_AUDIO_LENGTH_IN_S)
+    check_choice("output_type", output_type, OUTPUT_TYPES)
+    if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, dict):
+        raise TypeError(f"`cross_attention_kwargs` must be a dict or None, got {cross_attention_kwargs!r}.")
+    if callback_on_step_end is not None and not callable(callback_on_step_end):
+        raise TypeError(f"`callback_on_step_end` must be callable or None, got {callback_on_step_end!r}.")
+    if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
+        raise TypeError(
+            f"`callback_on_step_end_tensor_inputs` must be a list, got {callback_on_step_end_tensor_inputs!r}."
+        )
+    for name in callback_on_step_end_tensor_inputs:
+        check_choice("callback_on_step_end_tensor_inputs", name, pipe._callback_tensor_inputs)
+
+    check_components(pipe)
+    num_images = 0
+    if image is not None and image_features is not None:
+        raise ValueError("Pass `image` or `image_features`, not both: the features already stand for the picture.")
+    if image is not None:
+        num_images = len(image)
+        check_image_inputs(pipe, num_images, image_prompt, image_size, num_inversion_steps, feature_source)
+    if image_features is not None:
+        num_images = check_image_features(pipe, image_features)
+    if num_images:
+        check_synapse_scale(pipe, synapse_scale)
+    if image_guidance_scale is not None:
+        check_real("image_guidance_scale", image_guidance_scale)
+        if not num_images:
+            raise ValueError(
+                f"`image_guidance_scale` is {image_guidance_scale}, but there is no picture: pass `image` or"
+                " `image_features`, or leave it None."
+            )
+
+    num_prompts = check_prompts(pipe, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images)
+    if num_images > 1 and num_prompts > 1 and num_images != num_prompts:
+        raise ValueError(
+            f"{num_images} pictures cannot meet {num_prompts} prompts: pass equal numbers, or one of either."
+        )
+    batch_size = max(num_prompts, num_images) * num_waveforms_per_prompt
+    check_generator(generator, batch_size)
+    if latents is not None:
+        check_float_tensor("latents", latents)
+        shape = (batch_size, *pipe._latent_shape(audio_length_in_s))
+        if tuple(latents.shape) != shape:
+            raise ValueError(
+                f"`latents` must have the shape {list(shape)} (batch, channels, time, frequency) for"
+                f" {audio_length_in_s} s, got {list(latents.shape)}."
+            )
+        if not latents.isfinite().all():
+            raise ValueError("`latents` holds NaN or infinite values.")
+    return num_prompts, num_images
+
+
+def check_prompts(
+    pipe: Any,
+    prompt: str | list[str] | None,
+    negative_prompt: str | list[str] | None,
+    prompt_embeds: torch.Tensor | None,
+    negative_prompt_embeds: torch.Tensor | None,
+    num_images: int,
+) -> int:
+    if prompt is None and prompt_embeds is None and not num_images:
+        raise ValueError("There is nothing to make music of: pass `image`, `prompt` or both.")
+    for name, text, embeds in (
+        ("prompt", prompt, prompt_embeds),
+        ("negative_prompt", negative_prompt, negative_prompt_embeds),
+    ):
+        check_text(name, text)
+        if text is not None and embeds is not None:
+            raise ValueError(f"Pass `{name}` or `{name}_embeds`, not both: got {text!r} and a tensor.")
+        if embeds is None:
+            continue
+        check_float_tensor(f"{name}_embeds", embeds)
+        width = pipe.unet.config.projection_class_embeddings_input_dim
+        if embeds.ndim != 2 or embeds.shape[1] != width or not len(embeds):
+            raise ValueError(f"`{name}_embeds` must have the shape [prompts, {width}], got {list(embeds.shape)}.")
+        if not embeds.isfinite().all():
+            raise ValueError(f"`{name}_embeds` holds NaN or infinite values.")
+
+    num_prompts = _count(prompt) if prompt_embeds is None else len(prompt_embeds)
+    num_negatives = _count(negative_prompt) if negative_prompt_embeds is None else len(negative_prompt_embeds)
+    if num_negatives not in (1, num_prompts):
+        raise ValueError(
+            f"{num_negatives} negative prompts do not match {num_prompts} prompts: pass equal numbers, or one"
+            " `negative_prompt` for all."
+        )
+    return num_prompts
+
+
+def check_image_inputs(
+    pipe: Any,
+    num_images: int,
+    image_prompt: str | list[str],
+    image_size: int | None,
+    num_inversion_steps: int,
+    feature_source: str,
+) -> None:
+    pipe.synapse.check_unets(pipe.image_unet, pipe.unet)
+    check_integer("num_inversion_steps", num_inversion_steps, 1, pipe.image_scheduler.config.num_train_timesteps)
+    check_choice("feature_source", feature_source, FEATURE_SOURCES)
+    check_text("image_prompt", image_prompt)
+    if image_prompt is None or _count(image_prompt) not in (1, num_images):
+        raise ValueError(f"`image_prompt` must be one text or {num_images}, one a picture, got {image_prompt!r}.")
+    if image_size is not None:
+        check_integer("image_size", image_size, pipe.image_vae_scale_factor)
+        if image_size % pipe.image_vae_scale_factor or image_size > MAX_IMAGE_SIZE:
+            raise ValueError(
+                f"`image_size` must be a multiple of {pipe.image_vae_scale_factor} pixels, at most"
+                f" {MAX_IMAGE_SIZE}, got {image_size}."
+            )
+    prediction_type = pipe.image_scheduler.config.prediction_type
+    check_choice("image_scheduler.config.prediction_type", prediction_type, PREDICTION_TYPES)
+
+
+def check_image_features(pipe: Any, image_features: ImageFeatures) -> int:
+    if not isinstance(image_features, ImageFeatures):
+        raise TypeError(f"`image_features` must be what `encode_image` returns, got {type(image_features).__name__}.")
+    pipe.synapse.check_unets(None, pipe.unet)
+    pipe.synapse.check_image_features(image_features.keys)
+    tensors = (*image_features.keys.values(), *image_features.values.values())
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise ValueError("`image_features` holds NaN or infinite values.")
+    return image_features.num_images
+
+
+def check_components(pipe: Any) -> None:
+    """Refuses components that have taken one another's place, as far as they can be told apart."""
+    if pipe.unet is not None and pipe.unet.config.class_embed_type != "simple_projection":
+        raise ValueError(
+            "`unet` must condition on CLAP embeddings, but its class_embed_type is"
+            f" {pipe.unet.config.class_embed_type!r}: is it the picture's?"
+        )
+    for name, channels in (("vae", 1), ("image_vae", 3)):
+        vae = getattr(pipe, name)
+        if vae is not None and vae.config.out_channels != channels:
+            raise ValueError(f"`{name}` must decode to {channels} channels, but has {vae.config.out_channels}.")
+    for name in ("", "image_"):
+        tokenizer, encoder = getattr(pipe, f"{name}tokenizer"), getattr(pipe, f"{name}text_encoder")
+        if None not in (tokenizer, encoder) and len(tokenizer) > encoder.config.vocab_size:
+            raise ValueError(
+                f"`{name}tokenizer` knows {len(tokenizer)} tokens, but `{name}text_encoder` only"
+                f" {encoder.config.vocab_size}: they do not belong together."
+            )
+
+
+def check_synapse_scale(pipe: Any, synapse_scale: float | list[float]) -> None:
+    num_layers = len(pipe.synapse.config.music_layers)
+    if isinstance(synapse_scale, (np.ndarray, torch.Tensor)):
+        synapse_scale = synapse_scale.tolist()
+    if not isinstance(synapse_scale, (list, tuple)):
+        return check_real("synapse_scale", synapse_scale)
+    if len(synapse_scale) != num_layers:
+        raise ValueError(
+            f"`synapse_scale` must be one number or {num_layers}, one a layer, got {len(synapse_scale)} numbers."
+        )
+    for scale in synapse_scale:
+        check_real("synapse_scale", scale)
+
+
+def check_generator(generator: Any, batch_size: int) -> None:
+    generators = generator if isinstance(generator, list) else [generator]
+    if generator is not None and not all(isinstance(single, torch.Generator) for single in generators):
+        raise TypeError(f"`generator` must be a torch.Generator, a list of them or None, got {generator!r}.")
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(
+            f"`generator` is a list of {len(generator)}, but {batch_size} waveforms are to be made (prompts or"
+            " pictures times `num_waveforms_per_prompt`): pass as many, or one generator."
+        )
+
+
+def check_finite(stage: str, *tensors: torch.Tensor) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise FloatingPointError(
+            f"NaN or infinite values appeared in {stage}: its weights are damaged, or its values too large for"
+            f" {tensors[0].dtype}. Try another dtype, or load the weights again."
+        )
+
+
+def _count(text: str | list[str] | None) -> int:
+    return len(text) if isinstance(text, list) else 1
+
+
+def check_text(name: str, text: Any) -> None:
+    texts = text if isinstance(text, list) else [text]
+    if text is not None and not all(isinstance(single, str) for single in texts):
+        raise TypeError(f"`{name}` must be a str or a list of str, got {text!r}.")
+    if not texts:
+        raise ValueError(f"`{name}` is an empty list: pass one text at least.")
+    try:
+        "".join(texts if text is not None else []).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"`{name}` holds characters that belong to no text: {error}.") from error
+
+
+def check_float_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        found = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"`{name}` must be a torch tensor of floating-point numbers, got {found}.")
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+
+
+def check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"`{name}` must be an int, got {value!r}.")
+    if value < minimum or (maximum is not None and value > maximum):
+        limits = f"at least {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
+        raise ValueError(f"`{name}` must be {limits}, got {value}.")
+
+
+def check_real(name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    # Compared instead of converted: an int may be larger than any float.
+    if not max(minimum, -sys.float_info.max) <= value <= min(maximum, sys.float_info.max):
+        limits = "" if minimum == -math.inf else f" and in [{minimum:g}, {maximum:g}]"
+        raise ValueError(f"`{name}` must be finite{limits}, got {value}.")
