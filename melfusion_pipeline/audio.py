@@ -9,8 +9,12 @@ The settings of the spectrogram are the constants below, and nowhere else.
 import math
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
 from numbers import Integral
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
@@ -19,6 +23,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.utils import logging
 from transformers.audio_utils import mel_filter_bank
+
+if TYPE_CHECKING:
+    from av.audio.resampler import AudioResampler
+    from av.audio.stream import AudioStream
+    from av.container import InputContainer
 
 logger = logging.get_logger(__name__)
 
@@ -32,6 +41,16 @@ MEL_FLOOR = 1e-5
 PEAK = 0.5
 # libsndfile's number for what the operating system refuses, such as writing to a full disk.
 SYSTEM_ERROR = 2
+# What libsndfile writes, by suffix, and how: lossy formats choose their own precision.
+SUBTYPES = {"WAV": "PCM_16", "FLAC": "PCM_16", "MP3": "MPEG_LAYER_III", "OGG": "VORBIS"}
+MP3_SAMPLING_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+# libsndfile 1.2 dies of a segmentation fault above this rate, and of blocks of more than some million samples.
+MAX_OGG_SAMPLING_RATE = 200000
+SAMPLES_PER_BLOCK = 1 << 16
+# What libsndfile cannot read and PyAV can.
+AV_SUFFIXES = (".aac", ".m4a", ".mp4")
+# Decoding begins this many seconds early: a compressed frame builds upon the frames before it.
+PREROLL = Fraction(1, 2)
 
 
 def check_sampling_rate(sampling_rate: int) -> None:
@@ -59,14 +78,26 @@ def check_waveform(waveform: np.ndarray | torch.Tensor) -> torch.Tensor:
     return waveform if waveform.dtype == torch.float64 else waveform.float()
 
 
+def check_file_format(path: Path, file_format: str, sampling_rate: int) -> None:
+    """Raises `ValueError` unless `save_audio` writes `file_format`, the suffix of `path`, at `sampling_rate` (Hz)."""
+    if file_format not in SUBTYPES:
+        raise ValueError(f"`path` must end in .wav, .flac, .mp3 or .ogg, but is {str(path)!r}.")
+    if file_format == "MP3" and sampling_rate not in MP3_SAMPLING_RATES:
+        rates = ", ".join(map(str, MP3_SAMPLING_RATES))
+        raise ValueError(f"`sampling_rate` of an MP3 must be one of {rates} Hz, but is {sampling_rate}: resample it.")
+    if file_format == "OGG" and sampling_rate > MAX_OGG_SAMPLING_RATE:
+        raise ValueError(f"`sampling_rate` of an OGG is at most {MAX_OGG_SAMPLING_RATE} Hz, but is {sampling_rate}.")
+
+
 def save_audio(path: str | os.PathLike, waveform: np.ndarray | torch.Tensor, sampling_rate: int) -> None:
-    """Writes a waveform as 16-bit WAV or FLAC, by the suffix of `path`; an existing file is replaced at once.
+    """Writes a waveform as 16-bit WAV or FLAC, MP3 or Ogg Vorbis; an existing file is replaced at once.
 
     Args:
-        path: file to write, ending in `.wav` or `.flac`.
+        path: file to write, ending in `.wav`, `.flac`, `.mp3` or `.ogg`.
         waveform: samples in [-1, 1], `[T]` or `[C, T]`. A waveform whose peak is above 1 is scaled to peak 1 with a
             warning, never clipped.
-        sampling_rate: samples a second, for generated music `pipe.vocoder.config.sampling_rate`.
+        sampling_rate: samples a second, for generated music `pipe.vocoder.config.sampling_rate`. MP3 knows 8, 11.025,
+            12, 16, 22.05, 24, 32, 44.1 and 48 kHz only, Ogg Vorbis at most 200 kHz.
 
     Raises:
         TypeError: if `waveform` is not a floating-point array or tensor.
@@ -75,20 +106,25 @@ def save_audio(path: str | os.PathLike, waveform: np.ndarray | torch.Tensor, sam
     """
     path, file_format = Path(path), Path(path).suffix[1:].upper()
     check_sampling_rate(sampling_rate)
-    if file_format not in ("WAV", "FLAC"):
-        raise ValueError(f"`path` must end in .wav or .flac, but is {str(path)!r}.")
+    check_file_format(path, file_format, sampling_rate)
     if not path.parent.is_dir():
         raise ValueError(f"`path` is {str(path)!r}, but there is no folder {str(path.parent)!r}: create it first.")
     samples = check_waveform(waveform).detach().cpu().numpy()
     if samples.ndim > 2 or (samples.ndim == 2 and samples.shape[0] > samples.shape[1]):
         raise ValueError(f"`waveform` must be [samples] or [channels, samples], but its shape is {samples.shape}.")
+    if file_format == "MP3" and samples.ndim == 2 and len(samples) > 2:
+        raise ValueError(f"`waveform` has {len(samples)} channels, but an MP3 at most 2: mix them or write a FLAC.")
     peak = np.abs(samples).max()
     if peak > 1:
         logger.warning(f"The peak of `waveform` is {peak:.3f}; it is scaled to 1 so that {path.name} does not clip.")
         samples = samples / peak
+    samples = np.atleast_2d(samples)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    arguments = (int(sampling_rate), len(samples), SUBTYPES[file_format])
     try:
-        soundfile.write(temporary, samples.T, int(sampling_rate), "PCM_16", format=file_format)
+        with soundfile.SoundFile(temporary, "w", *arguments, format=file_format) as file:
+            for start in range(0, samples.shape[1], SAMPLES_PER_BLOCK):
+                file.write(samples[:, start : start + SAMPLES_PER_BLOCK].T)
         os.replace(temporary, path)
     except soundfile.LibsndfileError as error:
         if error.code == SYSTEM_ERROR:
@@ -99,10 +135,10 @@ def save_audio(path: str | os.PathLike, waveform: np.ndarray | torch.Tensor, sam
 
 
 def load_audio(path: str | os.PathLike, start: float = 0.0, duration: float | None = None) -> tuple[torch.Tensor, int]:
-    """Reads a stretch of a sound file (wav, flac, ogg, mp3) without decoding the rest of it.
+    """Reads a stretch of a sound file without decoding the rest of it.
 
     Args:
-        path: the file.
+        path: the file: wav, flac, ogg, mp3, or, with PyAV (`pip install av`), m4a, aac, or the sound of an mp4.
         start: where to begin, in seconds.
         duration: how much to read, in seconds; less is returned where the file ends earlier. `None` reads to the end.
 
@@ -110,32 +146,116 @@ def load_audio(path: str | os.PathLike, start: float = 0.0, duration: float | No
         The waveform, float32 `[C, T]`, and its sampling rate in Hz.
 
     Raises:
+        ImportError: if the file needs PyAV and it is not installed.
         ValueError: if `start` or `duration` is unusable, or the file is unreadable or holds no finite samples there.
     """
     if not math.isfinite(start) or start < 0:
         raise ValueError(f"`start` must be zero or more seconds, but is {start!r}.")
     if duration is not None and not (math.isfinite(duration) and duration > 0):
         raise ValueError(f"`duration` must be a positive number of seconds or None, but is {duration!r}.")
-    try:
-        with soundfile.SoundFile(path) as file:
-            sampling_rate = file.samplerate
-            # The minimum comes before rounding, which infinity does not survive.
-            first = round(min(start * sampling_rate, file.frames))
-            last = file.frames
-            if duration is not None:
-                last = min(first + round(min(duration * sampling_rate, file.frames)), file.frames)
-            # An mp3 frame borrows bits from the frames before it: decoding begins half a second earlier.
-            preroll = min(first, sampling_rate // 2)
-            file.seek(first - preroll)
-            samples = file.read(last - first + preroll, dtype="float32", always_2d=True)[preroll:]
-    except (soundfile.LibsndfileError, MemoryError) as error:
-        # A damaged header may promise more samples than fit into the memory.
-        raise ValueError(f"{str(path)!r} cannot be read as a sound file: {error}") from error
-    if len(samples) == 0:
+    decode = decode_with_av if Path(path).suffix.lower() in AV_SUFFIXES else decode_with_libsndfile
+    samples, sampling_rate = decode(path, start, duration)
+    if samples.shape[-1] == 0:
         raise ValueError(f"{str(path)!r} holds no samples at {start} s.")
     if not np.isfinite(samples).all():
         raise ValueError(f"{str(path)!r} holds NaN or infinite samples.")
-    return torch.from_numpy(np.ascontiguousarray(samples.T)), sampling_rate
+    return torch.from_numpy(np.ascontiguousarray(samples)), sampling_rate
+
+
+def stretch_bounds(start: float, duration: float | None, sampling_rate: int, num_samples: int) -> tuple[int, int]:
+    """Returns the first sample of a stretch and the one after its last, in a file of `num_samples`."""
+    # The minimum comes before rounding, which infinity does not survive.
+    first = round(min(start * sampling_rate, num_samples))
+    if duration is None:
+        return first, num_samples
+    return first, min(first + round(min(duration * sampling_rate, num_samples)), num_samples)
+
+
+@contextmanager
+def open_with_libsndfile(path: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
+    """Opens a sound file; whatever libsndfile refuses while it is open is a `ValueError` that names the file."""
+    try:
+        with soundfile.SoundFile(path) as file:
+            yield file
+    except (soundfile.LibsndfileError, MemoryError) as error:
+        # A damaged header may promise more samples than fit into the memory.
+        raise ValueError(f"{str(path)!r} cannot be read as a sound file: {error}") from error
+
+
+def decode_with_libsndfile(path: str | os.PathLike, start: float, duration: float | None) -> tuple[np.ndarray, int]:
+    """Reads the stretch of `load_audio` from a wav, flac, ogg or mp3 file: float32 `[C, T]` and the rate in Hz."""
+    with open_with_libsndfile(path) as file:
+        first, last = stretch_bounds(start, duration, file.samplerate, file.frames)
+        preroll = min(first, int(PREROLL * file.samplerate))
+        file.seek(first - preroll)
+        return file.read(last - first + preroll, dtype="float32", always_2d=True)[preroll:].T, file.samplerate
+
+
+@contextmanager
+def open_with_av(path: str | os.PathLike) -> Iterator[tuple["InputContainer", "AudioStream", "AudioResampler"]]:
+    """Opens an MP4 or raw AAC file: yields it, its first sound, and what turns that sound's frames into float32.
+
+    Raises:
+        ImportError: if PyAV is not installed.
+        ValueError: if FFmpeg cannot read the file, here or while it is open, or it is of another kind or has no sound.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(f"Reading {str(path)!r} needs PyAV: pip install av") from error
+    # A playlist that calls itself a sound must not make FFmpeg open other files or addresses.
+    options = {"format_whitelist": "mov,aac", "protocol_whitelist": "file"}
+    try:
+        with av.open(f"file:{os.fspath(path)}", options=options, metadata_errors="replace") as container:
+            if not container.streams.audio:
+                raise ValueError("it has no sound")
+            yield container, container.streams.audio[0], av.AudioResampler(format="fltp")
+    except (av.FFmpegError, ValueError, MemoryError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as a sound file: {error}") from error
+
+
+def length_with_av(container: "InputContainer", stream: "AudioStream") -> Fraction:
+    """Returns the length of an open stream in seconds."""
+    if container.format.name != "aac" and stream.duration is not None:
+        return stream.duration * stream.time_base
+    # A raw AAC file does not say how long it is, and FFmpeg guesses from the bit rate of its beginning.
+    length = sum(packet.duration or 0 for packet in container.demux(stream)) * stream.time_base
+    container.seek(0, stream=stream)
+    return Fraction(length)
+
+
+def decode_with_av(path: str | os.PathLike, start: float, duration: float | None) -> tuple[np.ndarray, int]:
+    """Reads the stretch of `load_audio` from an MP4 or raw AAC file: float32 `[C, T]` and the rate in Hz.
+
+    Seconds count from the first sample, also where a film's sound begins later than its pictures.
+    """
+    with open_with_av(path) as (container, stream, to_float):
+        length, origin = length_with_av(container, stream), stream.start_time or 0
+        if start > PREROLL:
+            position = max(min(Fraction(start), length) - PREROLL, 0)
+            container.seek(origin + int(position / stream.time_base), stream=stream)
+        blocks, num_decoded = [], 0
+        for frame in container.decode(stream):
+            if not blocks:
+                sampling_rate = frame.sample_rate
+                first, last = stretch_bounds(start, duration, sampling_rate, round(length * sampling_rate))
+                position = round((frame.pts - origin) * frame.time_base * sampling_rate)
+            blocks += [block.to_ndarray() for block in to_float.resample(frame)]
+            num_decoded += frame.samples
+            if position + num_decoded >= last:
+                break
+        if not blocks:
+            raise ValueError("it has no sound")
+    return np.concatenate(blocks, axis=1)[:, first - position : last - position], sampling_rate
+
+
+def audio_duration(path: str | os.PathLike) -> float:
+    """Returns the length of a sound file in seconds; raises what `load_audio` raises for an unreadable one."""
+    if Path(path).suffix.lower() in AV_SUFFIXES:
+        with open_with_av(path) as (container, stream, _):
+            return float(length_with_av(container, stream))
+    with open_with_libsndfile(path) as file:
+        return file.frames / file.samplerate
 
 
 def resample(waveform: torch.Tensor, sampling_rate: int, new_sampling_rate: int = SAMPLING_RATE) -> torch.Tensor:
@@ -327,7 +447,7 @@ def load_random_crop(
     Raises:
         ValueError: as `load_audio` does.
     """
-    available = min(soundfile.info(path).duration - start, duration or math.inf)
+    available = min(audio_duration(path) - start, duration or math.inf)
     start += max(0.0, available - audio_length_in_s) * torch.rand((), generator=generator).item()
     waveform, sampling_rate = load_audio(path, start, min(audio_length_in_s, duration or math.inf))
     # In float64 the result is the same in every process; float32 rounds by the memory's alignment and the threads.

@@ -2,15 +2,20 @@
 
 import logging
 import os
+import sys
+from pathlib import Path
 
+import av
 import librosa
 import numpy as np
 import pytest
 import soundfile
 import torch
 from diffusers import AutoencoderKL
+from full_disk import on_a_full_disk
 
 from melfusion_pipeline.audio import (
+    audio_duration,
     encode_mel,
     load_audio,
     log_mel_spectrogram,
@@ -47,6 +52,28 @@ def strongest_frequency(waveform: torch.Tensor, sampling_rate: int) -> float:
     samples = waveform.double() * torch.hann_window(waveform.shape[-1], dtype=torch.float64)
     spectrum = torch.fft.rfft(samples, 16 * waveform.shape[-1]).abs()
     return spectrum.argmax().item() * sampling_rate / (16 * waveform.shape[-1])
+
+
+def write_film(path: Path, waveform: np.ndarray | None, sampling_rate: int = 44100, codec: str = "aac") -> None:
+    """Writes AAC or ALAC by the suffix of `path`, or, without a waveform, a film that has pictures only."""
+    with av.open(str(path), "w", format="adts" if path.suffix.lower() == ".aac" else "mp4") as container:
+        if waveform is None:
+            stream = container.add_stream("mpeg4", rate=25, width=32, height=32, pix_fmt="yuv420p")
+            frames = [av.VideoFrame(32, 32, "yuv420p")]
+        else:
+            layout = "stereo" if len(waveform) == 2 else "mono"
+            stream = container.add_stream(codec, rate=sampling_rate, layout=layout)
+            stream.bit_rate = 192000
+            frames = []
+            for start in range(0, waveform.shape[1], 1024):
+                samples = np.ascontiguousarray(waveform[:, start : start + 1024], dtype=np.float32)
+                kind = "fltp"
+                if codec == "alac":
+                    samples, kind = np.round(samples * 32768).astype(np.int16), "s16p"
+                frames.append(av.AudioFrame.from_ndarray(samples, format=kind, layout=layout))
+                frames[-1].sample_rate, frames[-1].pts = sampling_rate, start
+        for frame in [*frames, None]:
+            container.mux(stream.encode(frame))
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +182,49 @@ def test_load_audio_reads_only_the_wanted_frames(tmp_path, suffix):
     assert load_audio(path, start=5.5, duration=2.0)[0].shape == (2, 22050)
     with pytest.raises(ValueError, match="holds no samples at 7.0 s"):
         load_audio(path, start=7.0)
+
+
+@pytest.mark.parametrize("name, priming", [("music.m4a", 0), ("FILM.MP4", 0), ("music.aac", 1024)])
+def test_the_sound_of_films_is_read_from_any_moment(tmp_path, name, priming):
+    time = np.arange(6 * 44100) / 44100
+    tones = np.stack([np.sin(2 * np.pi * (200 + 50 * time) * time), np.sin(2 * np.pi * 440 * time) / 2]) * 0.8
+    write_film(tmp_path / name, tones)
+    whole, rate = load_audio(tmp_path / name)
+    assert rate == 44100 and whole.dtype == torch.float32 and abs(whole.shape[1] - 6 * 44100 - priming) < 1024
+    assert audio_duration(tmp_path / name) * 44100 == whole.shape[1]
+    assert np.abs(whole[:, priming:][:, 1000:264000].numpy() - tones[:, 1000:264000]).max() < 0.01
+    for start in (0.0, 0.3, 0.7, 3.3):
+        part, _ = load_audio(tmp_path / name, start, 2.0)
+        assert part.shape == (2, 88200)
+        assert torch.allclose(part, whole[:, round(start * 44100) :][:, :88200], rtol=0, atol=1e-6)
+    assert torch.equal(load_audio(tmp_path / name, 5.5)[0], load_audio(tmp_path / name, 5.5, 9.0)[0])
+    for start in (7.0, 1e300):
+        with pytest.raises(ValueError, match=f"{name}' holds no samples at"):
+            load_audio(tmp_path / name, start)
+
+
+def test_lossless_m4a_keeps_every_sample(tmp_path):
+    mono = polyphonic_music(16000, 1.0)[None]
+    write_film(tmp_path / "music.m4a", mono, 16000, "alac")
+    waveform, rate = load_audio(tmp_path / "music.m4a")
+    assert rate == 16000 and waveform.shape == (1, 16000) and np.abs(waveform.numpy() - mono).max() < 1 / 32000
+
+
+def test_films_that_cannot_be_heard_are_refused(tmp_path, monkeypatch):
+    write_film(tmp_path / "silent.mp4", None)
+    write_film(tmp_path / "good.m4a", polyphonic_music(44100, 1.0)[None])
+    good = (tmp_path / "good.m4a").read_bytes()
+    (tmp_path / "cut.m4a").write_bytes(good[: len(good) // 2])
+    (tmp_path / "empty.aac").write_bytes(b"")
+    # A playlist, from which FFmpeg would open other files and addresses.
+    (tmp_path / "list.m4a").write_text(f"#EXTM3U\n#EXTINF:1,\n{tmp_path / 'good.m4a'}\n#EXT-X-ENDLIST\n")
+    for name in ("silent.mp4", "cut.m4a", "empty.aac", "list.m4a", "missing.mp4"):
+        for read in (load_audio, audio_duration):
+            with pytest.raises(ValueError, match=rf"{name}' cannot be read as a sound file: "):
+                read(tmp_path / name)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ImportError, match=r"good\.m4a.*pip install av"):
+        load_audio(tmp_path / "good.m4a")
 
 
 def test_load_audio_refuses_what_it_cannot_read(tmp_path):
@@ -267,7 +337,10 @@ def test_save_audio_scales_loud_waveforms_with_a_warning(tmp_path, caplog):
 @pytest.mark.parametrize(
     "name, waveform, sampling_rate, error",
     [
-        ("a.mp3", np.zeros(9), 16000, ValueError),
+        ("a.m4a", np.zeros(9), 16000, ValueError),
+        ("a.mp3", np.zeros(9), 16001, ValueError),
+        ("a.mp3", np.zeros((3, 9)), 16000, ValueError),
+        ("a.ogg", np.zeros(9), 200001, ValueError),
         ("a", np.zeros(9), 16000, ValueError),
         ("missing/a.wav", np.zeros(9), 16000, ValueError),
         ("a.wav", np.array([0.0, np.nan]), 16000, ValueError),
@@ -290,3 +363,34 @@ def test_save_audio_refuses_and_keeps_the_existing_file(tmp_path, name, waveform
         save_audio(tmp_path / name, waveform, sampling_rate)
     assert sorted(os.listdir(tmp_path)) == ["a.flac", "a.wav"]
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "a.flac").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize("suffix", ["mp3", "ogg"])
+def test_save_audio_writes_compressed_files_at_their_level(tmp_path, suffix):
+    stereo = np.stack([polyphonic_music(44100, 2.0, seed) for seed in range(2)])
+    for waveform, rate in ((stereo, 44100), (polyphonic_music(16000, 2.0), 16000)):
+        save_audio(tmp_path / f"music.{suffix}", waveform, rate)
+        written, written_rate = load_audio(tmp_path / f"music.{suffix}")
+        waveform = np.atleast_2d(waveform)
+        assert written_rate == rate and written.shape == waveform.shape
+        for channel, original in zip(written.numpy(), waveform):
+            assert np.corrcoef(channel, original)[0, 1] > 0.95
+            assert channel.std() == pytest.approx(original.std(), rel=0.05)
+    assert soundfile.info(tmp_path / f"music.{suffix}").format == suffix.upper()
+    assert os.listdir(tmp_path) == [f"music.{suffix}"]
+
+
+@pytest.mark.parametrize("suffix", ["mp3", "ogg"])
+def test_a_full_disk_keeps_the_compressed_file(tmp_path, suffix):
+    path = tmp_path / f"music.{suffix}"
+    save_audio(path, polyphonic_music(16000, 0.1), 16000)
+    before = path.read_bytes()
+    music = polyphonic_music(16000, 20.0)
+    assert on_a_full_disk(lambda: save_audio(path, music, 16000), 8000).startswith("OSError")
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_long_ogg_files_are_written(tmp_path):
+    """In one block of this length libsndfile dies of a segmentation fault."""
+    save_audio(tmp_path / "long.ogg", np.zeros((2, 90 * 44100), dtype=np.float32), 44100)
+    assert soundfile.info(tmp_path / "long.ogg").frames == 90 * 44100
