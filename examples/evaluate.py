@@ -51,7 +51,9 @@ EMBEDDERS = {"clap": extractors.ClapExtractor, "vggish": extractors.VggishExtrac
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="folder or Hub id of a pipeline; not needed to score folders only")
-    parser.add_argument("--triplets", type=Path, required=True, help="jsonl, json or csv; see melfusion_pipeline.data")
+    parser.add_argument(
+        "--triplets", type=Path, required=True, help="jsonl, json, csv or tsv; see melfusion_pipeline.data"
+    )
     parser.add_argument("--data_root", type=Path, help="holds all files of the set; default: the folder of --triplets")
     parser.add_argument("--output", type=Path, required=True, help="folder for clips and results")
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, help="default: all for which a model is given")

@@ -20,12 +20,19 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from melfusion_pipeline import MelFusionPipeline
-from melfusion_pipeline.audio import SAMPLING_RATE, load_audio, load_random_crop, save_audio, waveform_to_latents
-from melfusion_pipeline.data import SILENCE, open_image
+from melfusion_pipeline.audio import (
+    AV_SUFFIXES,
+    SAMPLING_RATE,
+    load_audio,
+    load_random_crop,
+    save_audio,
+    waveform_to_latents,
+)
+from melfusion_pipeline.data import is_silent, open_image
 from melfusion_pipeline.pictures_melfusion import to_rgb
 
 SYSTEMS = ("melfusion", "text-only", "caption", "shuffled", "reference")
-SUFFIXES = (".flac", ".wav", ".ogg", ".mp3")
+SUFFIXES = (".flac", ".wav", ".ogg", ".mp3", *AV_SUFFIXES)
 
 
 class ImageCaptioner:
@@ -222,7 +229,7 @@ def check_clips(paths: Sequence[Path], seconds: float) -> None:
         if waveform.shape[-1] < round(seconds * rate):
             length = waveform.shape[-1] / rate
             raise ValueError(f"{str(path)!r} lasts {length:g} s, not the {seconds:g} s of `--audio_length_in_s`.")
-        if (waveform - waveform.mean(dim=-1, keepdim=True)).abs().max() < SILENCE:
+        if is_silent(waveform):
             raise ValueError(f"{str(path)!r} is silent: no metric of it means much; make it anew or remove its row.")
         rates.setdefault(rate, path)
         if len(rates) > 1:

@@ -79,7 +79,7 @@ def add_model_arguments(group) -> None:
 
 
 def add_data_arguments(group) -> None:
-    group.add_argument("--train_data", required=True, help=".jsonl, .json or .csv, one triplet a row")
+    group.add_argument("--train_data", required=True, help=".jsonl, .json, .csv or .tsv, one triplet a row")
     group.add_argument("--data_root", help="folder that no file may lie outside of (default: that of --train_data)")
     for column in COLUMNS:
         group.add_argument(f"--{column}_column", default=column, help="its name in the file")

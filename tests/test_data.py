@@ -110,6 +110,70 @@ def test_csv_melbench_json_and_own_column_names_hold_the_same_rows(tmp_path, rec
     assert list(load_rows(tmp_path / "lines.json", columns=MELBENCH_COLUMNS, streaming=True)) == expected
 
 
+TABLE = 'image;audio;caption;start\r\nimages/0.png;music/0.wav;"müde, ""langsam""";0,5\r\n;;;\r\n'
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("delimiter, suffix", [(",", "csv"), (";", "csv"), ("\t", "csv"), ("\t", "tsv")])
+def test_tables_are_read_as_spreadsheets_write_them(tmp_path, records, caplog, encoding, delimiter, suffix):
+    text = TABLE if delimiter == ";" else TABLE.replace("0,5", "0.5").replace(";", delimiter)
+    (tmp_path / f"set.{suffix}").write_bytes(text.encode(encoding))
+    for streaming in (False, True):
+        caplog.clear()
+        (row,) = load_rows(tmp_path / f"set.{suffix}", streaming=streaming)
+        assert row["caption"] == 'müde, "langsam"' and row["start"] == 0.5 and row["problem"] is None
+        assert reader(tmp_path)(row)["captions"] == row["caption"]
+        usual = encoding.startswith("utf-8") and delimiter == {"csv": ",", "tsv": "\t"}[suffix]
+        assert caplog.text.count(f"as {'utf-8-sig' if encoding == 'utf-8' else encoding} with") == (not usual)
+        assert caplog.text.count(repr(delimiter)) == (not usual)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"image|audio|caption\na|b|c", r"one column, 'image\|audio\|caption'.* semicolons or tabs"),
+        ("image,audio,caption\na,b,c".encode("utf-16-le"), "UTF-16 without its mark.* UTF-8"),
+        ("image,audio,caption\nä,b,".encode() + b"\xe4", "UTF-8 with a foreign byte 0xe4.* UTF-8"),
+        (b"image,audio,caption\na,b,\x81", "neither UTF-8, UTF-16 nor cp1252.* 0x81.* UTF-8"),
+    ],
+)
+def test_tables_that_nothing_fits_are_refused(tmp_path, content, message):
+    (tmp_path / "set.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"set\.csv.*{message}"):
+        load_rows(tmp_path / "set.csv")
+
+
+def test_json_from_windows_is_read_or_refused_by_its_encoding(tmp_path, records):
+    (tmp_path / "set.json").write_bytes(json.dumps(records).encode("utf-8-sig"))
+    assert [row["caption"] for row in load_rows(tmp_path / "set.json")] == [row["caption"] for row in records]
+    (tmp_path / "set.jsonl").write_bytes(json.dumps(records[0]).encode("utf-16"))
+    with pytest.raises(ValueError, match=r"set\.jsonl.* UTF-16: save it as UTF-8"):
+        load_rows(tmp_path / "set.jsonl")
+
+
+def test_a_caption_with_an_unquoted_comma_is_not_cut_off(tmp_path):
+    (tmp_path / "set.csv").write_text("image,audio,caption\na.png,b.wav,slow, sad\nc.png,d.wav,fast,,\n")
+    cut, padded = load_rows(tmp_path / "set.csv")
+    assert re.search("more fields than the header.* sad.*quote", cut["problem"])
+    assert padded["problem"] is None and padded["caption"] == "fast"
+
+
+def test_paths_of_windows_and_captions_of_tags_are_read(tmp_path, records):
+    windows = {"image": r"images\0.png", "audio": r"music\0.wav", "caption": ["slow", " piano ", ""]}
+    cases = [windows, windows | {"caption": ["slow", 5]}, windows | {"caption": []}]
+    cases += [windows | {"image": r"..\outside.png"}, windows | {"audio": r"C:\music\0.wav"}, records[1]]
+    cases[-1] = records[1] | {"audio": r"music\odd.wav"}
+    write_music(tmp_path / r"music\odd.wav")
+    rows = list(load_rows(write_lines(tmp_path / "train.jsonl", cases)))
+    assert check_rows(rows[:1], tmp_path) == [] and rows[0]["caption"] == "slow, piano"
+    assert reader(tmp_path)(rows[0])["image_paths"] == str(tmp_path / "images/0.png")
+    messages = ("`caption` must be text", "`caption` is missing", "`image` may not hold", "another system's drive")
+    for row, message in zip(rows[1:5], messages, strict=True):
+        assert message in row["problem"]
+    # Elsewhere a backslash may be part of a name.
+    assert rows[5]["audio"].endswith("music\\odd.wav") and check_rows(rows[5:], tmp_path) == []
+
+
 def test_load_rows_refuses_bad_files_and_column_names(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     write_lines(tmp_path / "train.parquet", [{}])
@@ -182,6 +246,8 @@ def bad_rows(tmp_path: Path, good: dict) -> list[tuple[object, str]]:
     (tmp_path / "text.png").write_text("no picture")
     soundfile.write(tmp_path / "nan.wav", np.array([0.1, np.nan] * 16000), 16000, subtype="FLOAT")
     soundfile.write(tmp_path / "silent.wav", np.full(32000, 0.25), 16000)
+    music = np.random.default_rng(0).uniform(-0.5, 0.5, 32000)
+    soundfile.write(tmp_path / "opposite.wav", np.stack([music, -music], axis=1), 16000)
     write_music(tmp_path / "short.wav", seconds=0.5)
     write_image(tmp_path.parent / "outside.png")
     (tmp_path / "escape.png").symlink_to(tmp_path.parent / "outside.png")
@@ -213,6 +279,10 @@ def test_bad_rows_are_reported_and_refused_by_their_number(tmp_path, records, ca
     cases = unreadable + [
         (records[0], "repeats row 0"),
         (records[0] | {"audio": "silent.wav"}, r"silent\.wav.* is silent"),
+        (
+            records[0] | {"audio": "opposite.wav"},
+            r"opposite\.wav.* is silent once its channels are averaged.* keep one",
+        ),
         (records[0] | {"audio": "short.wav"}, r"short\.wav.* too short: 0.50 s"),
         (records[5], "repeats row 5"),
     ]
