@@ -1,6 +1,7 @@
 """Makes music for four photographs of different mood and two prompts, and measures whether it follows them.
 
-Writes WAVs, a sheet (picture, mel spectrograms, alphas) and prints what was measured. Needs the extra `demo`.
+Writes WAVs, a sheet (picture, mel spectrograms, alphas), the README's picture, and prints what was measured. Needs the
+extra `demo`.
 """
 
 import argparse
@@ -17,13 +18,15 @@ from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import save_audio
 
 EXAMPLES = Path(__file__).parent
-sys.path.append(str(EXAMPLES / "small_checkpoint"))
+sys.path.insert(0, str(EXAMPLES / "small_checkpoint"))
 from measure_music import drum_presence, onset_rate, register  # noqa: E402
 from mood import MoodRule  # noqa: E402
 
 # Of the small checkpoint's test split: still and dark, still and bright, stirring and dark, stirring and bright.
 PICTURES = ("rocket_at_night", "fog", "mountain_lake", "rocket_hall")
 PROMPTS = ("a waltz for piano", "organ playing a march")
+# What the README shows: the stillest and the most stirring of them.
+OPPOSITES = ("fog", "rocket_hall")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -83,6 +86,32 @@ def draw_sheet(pictures: dict, mels: dict, alphas: torch.Tensor) -> Figure:
     return figure
 
 
+def draw_opposites(pictures: dict, mels: dict) -> Figure:
+    """Draws two photographs of opposite mood, each with what the first prompt became beside it."""
+    figure = Figure(figsize=(8.4, 1.9), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 4)[::2], OPPOSITES):
+        axes.imshow(pictures[name][0])
+        axes.set_axis_off()
+    for axes, name in zip(figure.axes[1::2], OPPOSITES):
+        mel_spectrogram = mels[name, PROMPTS[0]]
+        extent = (0, len(mel_spectrogram) / 100, 0, mel_spectrogram.shape[1])
+        axes.imshow(mel_spectrogram.T, origin="lower", aspect="auto", cmap="magma", vmin=-11, vmax=2, extent=extent)
+        axes.set_title(PROMPTS[0], fontsize=8)
+        axes.set_xlabel("seconds", fontsize=7)
+        axes.tick_params(labelsize=7)
+        axes.set_yticks([])
+    return figure
+
+
+def format_table(rows: list[tuple[str, str, dict[str, float]]]) -> str:
+    """Formats the rows (picture, prompt, what was measured)."""
+    lines = [f"{'picture':16s} {'prompt':22s}" + "".join(f"  {quantity}" for quantity in rows[0][2])]
+    for name, prompt, measured in rows:
+        cells = "".join(f"{value:{len(quantity) + 2}.2f}" for quantity, value in measured.items())
+        lines.append(f"{name:16s} {prompt:22s}{cells}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     arguments = parse_arguments()
     pipe = MelFusionPipeline.from_pretrained(arguments.checkpoint)
@@ -90,8 +119,7 @@ def main() -> None:
     rule = MoodRule.load(EXAMPLES / "small_checkpoint" / "mood.json")
     arguments.output.mkdir(parents=True, exist_ok=True)
     sampling_rate = pipe.vocoder.config.sampling_rate
-    pictures, mels = {}, {}
-    print(f"{'picture':16s} {'prompt':22s} arousal valence", end="")
+    pictures, mels, rows = {}, {}, []
     for name in PICTURES:
         image = PIL.Image.open(EXAMPLES / "images" / f"{name}.jpg")
         pictures[name] = (image, *rule(image))
@@ -99,13 +127,13 @@ def main() -> None:
         for prompt in PROMPTS:
             mels[name, prompt], waveform = generate(pipe, features, prompt, arguments)
             save_audio(arguments.output / f"{name}, {prompt}.wav", waveform, sampling_rate)
-            measured = measure(waveform, sampling_rate)
-            if len(mels) == 1:
-                print("".join(f"  {quantity}" for quantity in measured))
-            cells = "".join(f"{value:{len(quantity) + 2}.2f}" for quantity, value in measured.items())
-            print(f"{name:16s} {prompt:22s} {pictures[name][1]:7.2f} {pictures[name][2]:7.2f}{cells}", flush=True)
+            mood = dict(zip(("arousal", "valence"), pictures[name][1:]))
+            rows.append((name, prompt, mood | measure(waveform, sampling_rate)))
+    # Only now, for until here the progress bars of the pipeline would run through it.
+    print(format_table(rows))
     draw_sheet(pictures, mels, pipe.synapse.alphas.detach().float().cpu()).savefig(arguments.output / "sheet.png")
-    print(f"wrote {len(mels)} WAVs and sheet.png to {arguments.output}")
+    draw_opposites(pictures, mels).savefig(arguments.output / "opposites.jpg", dpi=100, pil_kwargs={"quality": 85})
+    print(f"wrote {len(mels)} WAVs, sheet.png and opposites.jpg to {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from contrastive import mood_texts
 from corpus import load_waveform
 from judge import FOLLOWS, format_judgement, judge
 
-sys.path.append(str(Path(__file__).parents[1]))
+# In front: `evaluate` is also a package of Hugging Face, which may be installed.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import evaluate  # noqa: E402
 
 SYSTEMS = ("melfusion", "text-only", "shuffled", "reference")
