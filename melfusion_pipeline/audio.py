@@ -163,7 +163,14 @@ def load_audio(path: str | os.PathLike, start: float = 0.0, duration: float | No
 
 
 def stretch_bounds(start: float, duration: float | None, sampling_rate: int, num_samples: int) -> tuple[int, int]:
-    """Returns the first sample of a stretch and the one after its last, in a file of `num_samples`."""
+    """Returns the first sample of a stretch and the one after its last.
+
+    Args:
+        start: where the stretch begins, in seconds.
+        duration: how long it is, in seconds; `None` is to the end.
+        sampling_rate: of the file, in Hz.
+        num_samples: in the whole file, of each channel.
+    """
     # The minimum comes before rounding, which infinity does not survive.
     first = round(min(start * sampling_rate, num_samples))
     if duration is None:
@@ -173,7 +180,7 @@ def stretch_bounds(start: float, duration: float | None, sampling_rate: int, num
 
 @contextmanager
 def open_with_libsndfile(path: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
-    """Opens a sound file; whatever libsndfile refuses while it is open is a `ValueError` that names the file."""
+    """Opens the sound file `path`; what libsndfile refuses while it is open is a `ValueError` that names the file."""
     try:
         with soundfile.SoundFile(path) as file:
             yield file
@@ -183,7 +190,16 @@ def open_with_libsndfile(path: str | os.PathLike) -> Iterator[soundfile.SoundFil
 
 
 def decode_with_libsndfile(path: str | os.PathLike, start: float, duration: float | None) -> tuple[np.ndarray, int]:
-    """Reads the stretch of `load_audio` from a wav, flac, ogg or mp3 file: float32 `[C, T]` and the rate in Hz."""
+    """Reads what libsndfile knows: wav, flac, ogg, mp3.
+
+    Args:
+        path: the file.
+        start: where to begin, in seconds.
+        duration: how much to read, in seconds, or `None` for the rest.
+
+    Returns:
+        The waveform, float32 `[C, T]`, and its sampling rate in Hz.
+    """
     with open_with_libsndfile(path) as file:
         first, last = stretch_bounds(start, duration, file.samplerate, file.frames)
         preroll = min(first, int(PREROLL * file.samplerate))
@@ -193,7 +209,13 @@ def decode_with_libsndfile(path: str | os.PathLike, start: float, duration: floa
 
 @contextmanager
 def open_with_av(path: str | os.PathLike) -> Iterator[tuple["InputContainer", "AudioStream", "AudioResampler"]]:
-    """Opens an MP4 or raw AAC file: yields it, its first sound, and what turns that sound's frames into float32.
+    """Opens an MP4 or raw AAC file.
+
+    Args:
+        path: the file.
+
+    Yields:
+        The file, its first sound, and what turns that sound's frames into float32.
 
     Raises:
         ImportError: if PyAV is not installed.
@@ -215,7 +237,7 @@ def open_with_av(path: str | os.PathLike) -> Iterator[tuple["InputContainer", "A
 
 
 def length_with_av(container: "InputContainer", stream: "AudioStream") -> Fraction:
-    """Returns the length of an open stream in seconds."""
+    """Returns the length in seconds of `stream`, which is open in `container` and at its beginning."""
     if container.format.name != "aac" and stream.duration is not None:
         return stream.duration * stream.time_base
     # A raw AAC file does not say how long it is, and FFmpeg guesses from the bit rate of its beginning.
@@ -225,9 +247,19 @@ def length_with_av(container: "InputContainer", stream: "AudioStream") -> Fracti
 
 
 def decode_with_av(path: str | os.PathLike, start: float, duration: float | None) -> tuple[np.ndarray, int]:
-    """Reads the stretch of `load_audio` from an MP4 or raw AAC file: float32 `[C, T]` and the rate in Hz.
+    """Reads what PyAV knows: MP4 and raw AAC files.
 
-    Seconds count from the first sample, also where a film's sound begins later than its pictures.
+    Args:
+        path: the file.
+        start: where to begin, in seconds from the first sample, also where a film's sound begins after its pictures.
+        duration: how much to read, in seconds, or `None` for the rest.
+
+    Returns:
+        The waveform, float32 `[C, T]`, and its sampling rate in Hz.
+
+    Raises:
+        ImportError: if PyAV is not installed.
+        ValueError: if the file cannot be read or has no sound.
     """
     with open_with_av(path) as (container, stream, to_float):
         length, origin = length_with_av(container, stream), stream.start_time or 0
@@ -250,7 +282,7 @@ def decode_with_av(path: str | os.PathLike, start: float, duration: float | None
 
 
 def audio_duration(path: str | os.PathLike) -> float:
-    """Returns the length of a sound file in seconds; raises what `load_audio` raises for an unreadable one."""
+    """Returns the length of the sound file `path` in seconds; raises what `load_audio` does for an unreadable one."""
     if Path(path).suffix.lower() in AV_SUFFIXES:
         with open_with_av(path) as (container, stream, _):
             return float(length_with_av(container, stream))

@@ -101,6 +101,9 @@ def read_rows(
 def local_path(folder: str, path: str, name: str) -> str:
     """Joins `path`, the field `name` of a row, to `folder`; backslashes part folders unless there is such a file.
 
+    Returns:
+        The path, which need not exist.
+
     Raises:
         ValueError: if the path holds '..', or is one of a Windows drive and this is another system.
     """
@@ -151,7 +154,7 @@ def find_table_format(path: PathLike) -> dict[str, str]:
 
 
 def find_encoding(path: PathLike) -> str:
-    """Returns which of the encodings that spreadsheets write a file has: `"utf-8-sig"`, `"utf-16"` or `"cp1252"`.
+    """Returns which encoding the CSV file `path` has: `"utf-8-sig"`, `"utf-16"` or `"cp1252"`.
 
     Raises:
         ValueError: if it has none of them, or is UTF-8 with some foreign bytes.
@@ -179,7 +182,7 @@ def find_encoding(path: PathLike) -> str:
 
 
 def read_fields(path: PathLike, encoding: str, delimiter: str) -> Iterator[list[str]]:
-    """Yields the rows of a CSV file that are not empty.
+    """Yields the rows of the CSV file `path` that are not empty; see `find_table_format` for `encoding`, `delimiter`.
 
     Raises:
         ValueError: if the file cannot be read.
@@ -319,7 +322,7 @@ def check_row(row: dict, data_root: PathLike, min_duration_in_s: float, first_ro
 
 
 def is_silent(waveform: torch.Tensor) -> bool:
-    """Returns whether the mean of a waveform's channels `[C, T]`, which is what models hear, is silent."""
+    """Returns whether the mean of the channels of `waveform` `[C, T]`, which is what models hear, is silent."""
     mono = waveform.double().mean(dim=0)
     return bool((mono - mono.mean()).abs().max() < SILENCE)
 
