@@ -88,7 +88,6 @@ def make_music(
         pipe: The pipeline.
         cache: Where the picture's features come from.
         image: None for plain text-to-music.
-        image_guidance_scale: 0 does not guide with the picture: the pipeline's None.
         seeds: One a variation; a variation depends on its own seed only.
         progress: Called as `progress((step, steps), desc=text)`, as `gradio.Progress`.
 
@@ -98,8 +97,7 @@ def make_music(
     features = None
     if image is not None:
         progress((0, num_inference_steps), desc="Looking at the picture")
-        config = pipe.synapse.config
-        features = cache(image, num_inversion_steps=config.num_inversion_steps or 10, image_size=config.image_size)
+        features = cache(image)
 
     def report(pipe: MelFusionPipeline, step: int, timestep: Any, tensors: dict) -> dict:
         progress((min(step + 1, num_inference_steps), num_inference_steps), desc="Making music")
@@ -111,7 +109,7 @@ def make_music(
         audio_length_in_s=audio_length_in_s,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
-        image_guidance_scale=image_guidance_scale if features and image_guidance_scale else None,
+        image_guidance_scale=image_guidance_scale if features else None,
         synapse_scale=synapse_scale,
         num_waveforms_per_prompt=len(seeds),
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -217,30 +215,26 @@ def responder(pipe: MelFusionPipeline, cache: FeatureCache) -> Callable[..., Ite
     return respond
 
 
-def settings_inputs(pipe: MelFusionPipeline, guidance_scale: float, image_guidance_scale: float) -> list[gr.Slider]:
+def settings_inputs(pipe: MelFusionPipeline) -> list[gr.Slider]:
     """Draws the sliders, in the order in which the button's function takes their values."""
     guidance = {"label": "Guidance", "info": "How closely the music follows the sentence."}
-    image_guidance = {"label": "Picture guidance", "info": "How closely it follows the picture; 0: unguided."}
+    image_guidance = {"label": "Picture guidance", "info": "How closely it follows the picture; 1: unguided."}
+    steps = pipe.config.default_num_inference_steps
     shortest = pipe.vae_scale_factor * math.prod(pipe.vocoder.config.upsample_rates)
     default = pipe.unet.config.sample_size * shortest / pipe.vocoder.config.sampling_rate
     return [
         gr.Slider(1.0, max(2 * default, 10.24), round(default, 2), step=0.01, label="Length (s)"),
-        gr.Slider(1, 200, 50, step=1, label="Steps", info="More are slower and finer."),
-        gr.Slider(1.0, 10.0, guidance_scale, step=0.1, **guidance),
-        gr.Slider(0.0, 20.0, image_guidance_scale, step=0.5, **image_guidance),
+        gr.Slider(1, max(2 * steps, 50), steps, step=1, label="Steps", info="More are slower and finer."),
+        gr.Slider(1.0, 10.0, pipe.config.default_guidance_scale, step=0.1, **guidance),
+        gr.Slider(1.0, 20.0, pipe.config.default_image_guidance_scale or 1.0, step=0.5, **image_guidance),
         gr.Slider(0.0, 2.0, 1.0, step=0.05, label="Synapse scale", info="How much the picture counts; 0: not at all."),
         gr.Slider(0, MAX_SEED, 0, step=1, label="Seed", info="Another number gives other music."),
         gr.Slider(1, MAX_VARIATIONS, 1, step=1, label="Variations", info="Made at once, with the next seeds."),
     ]
 
 
-def build_app(
-    pipe: MelFusionPipeline,
-    guidance_scale: float = 3.0,
-    image_guidance_scale: float = 0.0,
-    max_cached_bytes: int = MAX_CACHED_BYTES,
-) -> gr.Blocks:
-    """Builds the page, its sliders for guidance at the given values; `launch_app` starts it."""
+def build_app(pipe: MelFusionPipeline, max_cached_bytes: int = MAX_CACHED_BYTES) -> gr.Blocks:
+    """Builds the page, its sliders at the checkpoint's defaults; `launch_app` starts it."""
     pictures = sorted((EXAMPLES / "images").glob("*.jpg"))
     forget = (60, KEPT_SECONDS)
     with gr.Blocks(title="MeLFusion", analytics_enabled=False, delete_cache=forget) as app:
@@ -261,7 +255,7 @@ def build_app(
                     label="What should play", placeholder="a waltz for piano", max_length=MAX_CHARACTERS
                 )
                 with gr.Accordion("Settings", open=False):
-                    settings = settings_inputs(pipe, guidance_scale, image_guidance_scale)
+                    settings = settings_inputs(pipe)
                 button = gr.Button("Make music", variant="primary")
             with gr.Column(min_width=320):
                 outputs = []
@@ -313,8 +307,6 @@ def launch_app(app: gr.Blocks, host: str = "127.0.0.1", port: int | None = None,
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=EXAMPLES.parent, help="folder or Hub id; default: the bundled one")
-    parser.add_argument("--guidance_scale", type=float, default=5.0, help="where the slider stands at first")
-    parser.add_argument("--image_guidance_scale", type=float, default=8.0, help="where the slider stands at first")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=7860)
     return parser.parse_args()
@@ -324,8 +316,7 @@ def main() -> None:
     arguments = parse_arguments()
     pipe = MelFusionPipeline.from_pretrained(arguments.checkpoint)
     pipe.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    page = build_app(pipe, arguments.guidance_scale, arguments.image_guidance_scale)
-    launch_app(page, arguments.host, arguments.port)
+    launch_app(build_app(pipe), arguments.host, arguments.port)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,7 @@ OPPOSITES = ("fog", "rocket_hall")
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=EXAMPLES.parent, help="folder or Hub id; default: the bundled one")
-    # What the bundled checkpoint was evaluated with, chosen on its validation pictures.
-    parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--guidance_scale", type=float, default=5.0)
-    parser.add_argument("--image_guidance_scale", type=float, default=8.0, help="guides with the picture too")
+    parser.add_argument("--num_inference_steps", type=int, help="default: the checkpoint's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for the WAVs and the sheet")
     return parser.parse_args()
@@ -47,8 +44,6 @@ def generate(pipe: MelFusionPipeline, features, prompt: str, arguments: argparse
         prompt=prompt,
         image_features=features,
         num_inference_steps=arguments.num_inference_steps,
-        guidance_scale=arguments.guidance_scale,
-        image_guidance_scale=arguments.image_guidance_scale,
         generator=torch.Generator().manual_seed(arguments.seed),
         output_type="mel",
     ).audios

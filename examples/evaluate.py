@@ -61,11 +61,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--caption_model", help="folder or Hub id of an image-to-text model, for the system caption")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--audio_length_in_s", type=float, help="of all clips; default: the checkpoint's own")
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--num_inversion_steps", type=int, default=10)
+    parser.add_argument("--num_inference_steps", type=int, help="default: the checkpoint's own, as for the next three")
+    parser.add_argument("--num_inversion_steps", type=int)
     parser.add_argument("--feature_source", choices=("inversion", "reconstruction"), default="inversion")
-    parser.add_argument("--guidance_scale", type=float, default=3.0)
-    parser.add_argument("--image_guidance_scale", type=float, help="guide with the picture too, as the pipeline does")
+    parser.add_argument("--guidance_scale", type=float)
+    parser.add_argument("--image_guidance_scale", type=float, help="1: the picture does not guide")
     parser.add_argument("--synapse_scale", type=float, default=1.0)
     use = f"for FAD and KAD, one of {list(EMBEDDERS)}; default: --clap_model, without one a fixed log-mel embedding"
     parser.add_argument("--fad_extractor", type=name_and_path, metavar="NAME=MODEL", help=use)
@@ -141,15 +141,12 @@ def read_options(arguments: argparse.Namespace, pipe: MelFusionPipeline | None) 
         raise ValueError("Without `--checkpoint`, `--audio_length_in_s` is needed: how much of each clip is scored.")
     call = {"audio_length_in_s": arguments.audio_length_in_s or default_length(pipe)}
     if pipe is not None:
-        for name in (
-            "num_inference_steps",
-            "num_inversion_steps",
-            "feature_source",
-            "guidance_scale",
-            "image_guidance_scale",
-            "synapse_scale",
-        ):
-            call[name] = getattr(arguments, name)
+        call |= {"feature_source": arguments.feature_source, "synapse_scale": arguments.synapse_scale}
+        # Written out, so that the results say what they were made with.
+        defaults = {**pipe.config, "default_num_inversion_steps": pipe.default_num_inversion_steps}
+        for name in ("num_inference_steps", "num_inversion_steps", "guidance_scale", "image_guidance_scale"):
+            given = getattr(arguments, name)
+            call[name] = defaults[f"default_{name}"] if given is None else given
     return {"seed": arguments.seed, "call": call}
 
 

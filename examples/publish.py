@@ -269,9 +269,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--license", help="a licence of the Hub's list; default: other, those of the base models")
     parser.add_argument("--base_model", nargs="*", help="Hub ids; default: those that training started from")
     parser.add_argument("--dataset", nargs="*", default=[], help="Hub ids of the training data")
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="of the samples")
+    parser.add_argument("--num_inference_steps", type=int, help="of the samples; default: the checkpoint's own")
     parser.add_argument("--audio_length_in_s", type=float, help="of the samples; default: the checkpoint's own")
-    parser.add_argument("--image_guidance_scale", type=float, help="of the samples")
+    parser.add_argument("--image_guidance_scale", type=float, help="of the samples; default: the checkpoint's own")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     args = parser.parse_args(arguments)
     missing = [str(path) for path in (args.results, *(path for path, _ in args.sample)) if path and not is_file(path)]

@@ -77,6 +77,12 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         image_unet: The text-to-image UNet, `epsilon` or `v_prediction`.
         image_scheduler: Its noise schedule.
         synapse: A `VisualSynapse` between the two UNets.
+        default_num_inference_steps: The denoising steps of a call that names none. This and the following settings are
+            stored in `model_index.json`: what a checkpoint was evaluated with comes with it.
+        default_guidance_scale: Likewise, the strength of the text.
+        default_image_guidance_scale: Likewise, the strength of the picture; None guides with the text alone.
+        default_num_inversion_steps: Likewise, the inversion steps; None takes those that `synapse` was trained with,
+            or 10 before training.
     """
 
     model_cpu_offload_seq = "text_encoder->image_text_encoder->image_vae->image_unet->synapse->unet->vae->vocoder"
@@ -98,6 +104,10 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         image_unet: UNet2DConditionModel,
         image_scheduler: SchedulerMixin,
         synapse: ModelMixin,
+        default_num_inference_steps: int = 50,
+        default_guidance_scale: float = 3.0,
+        default_image_guidance_scale: float | None = None,
+        default_num_inversion_steps: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -114,6 +124,12 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
             image_scheduler=image_scheduler,
             synapse=synapse,
         )
+        self.register_to_config(
+            default_num_inference_steps=default_num_inference_steps,
+            default_guidance_scale=default_guidance_scale,
+            default_image_guidance_scale=default_image_guidance_scale,
+            default_num_inversion_steps=default_num_inversion_steps,
+        )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae else 4
         self.image_vae_scale_factor = 2 ** (len(image_vae.config.block_out_channels) - 1) if image_vae else 8
 
@@ -124,7 +140,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
 
     @property
     def image_guidance_scale(self) -> float | None:
-        """How strongly the picture guides the music, or None for guidance by text alone."""
+        """How strongly the picture guides the music, or None for guidance by the text alone."""
         return self._image_guidance_scale
 
     @property
@@ -213,7 +229,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         image: Image,
         image_prompt: str | list[str] = "",
         image_size: int | None = None,
-        num_inversion_steps: int = 10,
+        num_inversion_steps: int | None = None,
         feature_source: str = "inversion",
     ) -> ImageFeatures:
         """Inverts pictures and records their keys and values; what it returns serves any number of calls.
@@ -221,8 +237,8 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         Args:
             image: As in `__call__`.
             image_prompt: The text for the picture's UNet; the empty text inverts best.
-            image_size: The side in pixels to which pictures are prepared. None is the image UNet's own.
-            num_inversion_steps: The number of recorded timesteps.
+            image_size: The side in pixels to which pictures are prepared. None is `default_image_size`.
+            num_inversion_steps: The number of recorded timesteps. None is `default_num_inversion_steps`.
             feature_source: `"inversion"` or `"reconstruction"` (the paper to the letter, twice the cost).
 
         Returns:
@@ -232,6 +248,8 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
             TypeError, ValueError: As `__call__`.
         """
         image = as_pil_images(image)
+        if num_inversion_steps is None:
+            num_inversion_steps = self.default_num_inversion_steps
         check_image_inputs(self, len(image), image_prompt, image_size, num_inversion_steps, feature_source)
         prompt_embeds = self.encode_image_prompt(image_prompt, len(image))
         features = record_image_features(
@@ -248,8 +266,15 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         return replace(features, image_size=image_size or self.default_image_size)
 
     @property
+    def default_num_inversion_steps(self) -> int:
+        """The inversion steps of a call that names none: the checkpoint's, else those of the synapse's training."""
+        return self.config.default_num_inversion_steps or self.synapse.config.num_inversion_steps or 10
+
+    @property
     def default_image_size(self) -> int:
-        """The side of the picture in pixels for which the image UNet was made."""
+        """The side of the picture in pixels: that of the synapse's training, else the one of the image UNet."""
+        if self.synapse.config.image_size is not None:
+            return self.synapse.config.image_size
         sample_size = self.image_unet.config.sample_size
         return (sample_size if isinstance(sample_size, int) else sample_size[0]) * self.image_vae_scale_factor
 
@@ -259,7 +284,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
 
         Args:
             image: As in `__call__`.
-            image_size: The side in pixels. None is the image UNet's own.
+            image_size: The side in pixels. None is `default_image_size`.
 
         Returns:
             `z_0^I`, `[pictures, 4, image_size / 8, image_size / 8]` for Stable Diffusion, float32.
@@ -405,9 +430,9 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         image: Image | None = None,
         prompt: str | list[str] | None = None,
         audio_length_in_s: float | None = None,
-        num_inference_steps: int = 50,
-        num_inversion_steps: int = 10,
-        guidance_scale: float = 3.0,
+        num_inference_steps: int | None = None,
+        num_inversion_steps: int | None = None,
+        guidance_scale: float | None = None,
         image_guidance_scale: float | None = None,
         synapse_scale: float | list[float] = 1.0,
         negative_prompt: str | list[str] | None = None,
@@ -436,10 +461,12 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
                 of them, uint8 or float in [0, 1]. None is plain text-to-music.
             prompt: One text or a list. With a picture it may be left out.
             audio_length_in_s: In seconds. None is the UNet's own length.
-            num_inference_steps: Denoising steps of the music.
+            num_inference_steps: Denoising steps of the music. None is the checkpoint's default, as for the next three:
+                what it was evaluated with (`pipe.config.default_num_inference_steps`, ...).
             num_inversion_steps: Inversion steps of the picture; each music step uses the features nearest in time.
             guidance_scale: Strength of the text; 1 or less is no guidance.
-            image_guidance_scale: Strength of the picture beside that of the text, at the cost of a third branch.
+            image_guidance_scale: Strength of the picture beside that of the text, at the cost of a third branch; at 1
+                the picture does not guide, and there is none.
             synapse_scale: Multiplies every alpha of the synapse, or one number for each layer. 0 ignores the picture.
             negative_prompt: What to keep out; one text or as many as prompts.
             num_waveforms_per_prompt: Waveforms for each prompt (or each picture, where those are more).
@@ -449,7 +476,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
             prompt_embeds: `[prompts, channels]`, in place of `prompt`; see `encode_prompt`.
             negative_prompt_embeds: In place of `negative_prompt`.
             image_prompt: The text for the picture's UNet; the empty text inverts best.
-            image_size: The side in pixels to which pictures are prepared. None is the image UNet's own.
+            image_size: The side in pixels to which pictures are prepared. None is `default_image_size`.
             image_features: In place of `image`; see `encode_image`.
             feature_source: `"inversion"` records while inverting; `"reconstruction"` inverts, then records while
                 sampling back, as the paper does, at twice the cost.
@@ -479,7 +506,15 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
             >>> audio = pipe(PIL.Image.open("harbour.jpg"), "slow piano").audios[0]
             ```
         """
-        # 1. Check inputs
+        # 1. Take the checkpoint's defaults, check inputs
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+        if image_guidance_scale is None and (image is not None or image_features is not None):
+            image_guidance_scale = self.config.default_image_guidance_scale
+        if num_inversion_steps is None and image is not None:
+            num_inversion_steps = self.default_num_inversion_steps
         image = None if image is None else as_pil_images(image)
         if audio_length_in_s is None:
             audio_length_in_s = self.unet.config.sample_size * self.vae_scale_factor * self._seconds_per_frame
@@ -509,7 +544,8 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
             callback_on_step_end=callback_on_step_end,
         )
         self._guidance_scale = guidance_scale
-        self._image_guidance_scale = image_guidance_scale
+        # At 1 the three branches are the two of the text, for a third more work.
+        self._image_guidance_scale = None if image_guidance_scale == 1.0 else image_guidance_scale
         self._interrupt = False
         device = self._execution_device
         batch_size = max(num_prompts, num_images)

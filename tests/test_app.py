@@ -37,7 +37,7 @@ class Recorder:
 
 def make(pipe, image, seeds=(0,), progress=None, **changes):
     settings = {"audio_length_in_s": 0.32, "num_inference_steps": 3, "guidance_scale": 3.0}
-    settings |= {"image_guidance_scale": 0.0, "synapse_scale": 1.0}
+    settings |= {"image_guidance_scale": 1.0, "synapse_scale": 1.0}
     progress = progress or Recorder()
     cache = app.FeatureCache(pipe)
     return app.make_music(pipe, cache, image, "a", **{**settings, **changes}, seeds=list(seeds), progress=progress)
@@ -83,7 +83,7 @@ def test_a_variation_depends_on_its_own_seed_and_the_picture(pipe, image):
 
 
 def test_the_picture_may_guide(pipe, image):
-    plain, guided = (make(pipe, image, image_guidance_scale=scale)[0] for scale in (0.0, 6.0))
+    plain, guided = (make(pipe, image, image_guidance_scale=scale)[0] for scale in (1.0, 6.0))
     expected = pipe(
         image, "a", audio_length_in_s=0.32, num_inference_steps=3, guidance_scale=3.0, image_guidance_scale=6.0,
         generator=torch.Generator().manual_seed(0), output_type="mel",
@@ -95,7 +95,7 @@ def test_the_picture_may_guide(pipe, image):
 
 def respond(pipe, image, prompt, *changes):
     """Calls what the button calls; the files are there until the generator goes on."""
-    settings = (0.32, 2, 3.0, 0.0, 1.0, 7, 2)
+    settings = (0.32, 2, 3.0, 1.0, 1.0, 7, 2)
     function = app.responder(pipe, app.FeatureCache(pipe))
     return function(image, prompt, *changes, *settings[len(changes) :], progress=Recorder())
 
@@ -130,7 +130,7 @@ def test_the_button_gives_files_for_each_variation_and_hides_the_others(pipe, im
         ("a" * 301, (), "longer than 300 characters"),
         ("a", (0.001,), "`audio_length_in_s` must be finite and in"),
         ("a", (float("nan"),), "`audio_length_in_s` must be finite"),
-        ("a", (0.32, 2, 3.0, 0.0, 1.0, float("nan")), "cannot convert float NaN"),
+        ("a", (0.32, 2, 3.0, 1.0, 1.0, float("nan")), "cannot convert float NaN"),
         ("a", (0.32, 0), "`num_inference_steps` must be in"),
     ],
 )
@@ -211,7 +211,7 @@ def test_music_is_made_over_http_and_errors_arrive(served, tmp_path):
     photograph().save(tmp_path / "picture.png")
     client = gradio_client.Client(address, verbose=False, download_files=tmp_path)
     picture = gradio_client.handle_file(tmp_path / "picture.png")
-    result = client.predict(picture, "a harp", 1.0, 2, 3.0, 0.0, 1.0, 5, 1, api_name="/make_music")
+    result = client.predict(picture, "a harp", 1.0, 2, 3.0, 1.0, 1.0, 5, 1, api_name="/make_music")
     audio, download = result[0], result[1]
     waveform, rate = soundfile.read(audio["value"])
     assert rate == 16000 and len(waveform) == 16000 and audio["label"] == "Variation with seed 5"
@@ -223,7 +223,7 @@ def test_music_is_made_over_http_and_errors_arrive(served, tmp_path):
         (gradio_client.handle_file(tmp_path / "text.png"), "a", 1, "cannot be read as a picture"),
     ):
         with pytest.raises(gradio_client.exceptions.AppError, match=message):
-            client.predict(file, prompt, 1.0, 2, 3.0, 0.0, 1.0, 5, variations, api_name="/make_music")
+            client.predict(file, prompt, 1.0, 2, 3.0, 1.0, 1.0, 5, variations, api_name="/make_music")
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import replace
 
@@ -519,3 +520,47 @@ def test_damaged_weights_are_reported_with_the_stage_where_they_show(pipe, image
             parameter.fill_(math.nan)
     with pytest.raises(FloatingPointError, match=f"appeared in {stage}"):
         run(pipe, image, PROMPTS[0])
+
+
+# ------------------------------------------------------------------------------------------- defaults of a checkpoint
+
+
+def test_a_call_takes_the_defaults_that_its_checkpoint_stores(components, image, tmp_path):
+    defaults = {"num_inference_steps": 3, "guidance_scale": 2.0, "image_guidance_scale": 4.0, "num_inversion_steps": 2}
+    pipe = MelFusionPipeline(**components, **{f"default_{name}": value for name, value in defaults.items()})
+    pipe.save_pretrained(tmp_path)
+    loaded = MelFusionPipeline.from_pretrained(tmp_path)
+    for one in (pipe, loaded, MelFusionPipeline.from_pipe(pipe)):
+        one.set_progress_bar_config(disable=True)
+        given = one(image, PROMPTS[0], generator=generator(), **defaults).audios
+        assert np.array_equal(one(image, PROMPTS[0], generator=generator()).audios, given)
+        assert len(one.encode_image(image).timesteps) == 2
+        assert not np.array_equal(given, one(image, PROMPTS[0], generator=generator(), num_inversion_steps=1).audios)
+    # Without a picture there is nothing that its guidance could follow.
+    expected = pipe(prompt=PROMPTS[0], generator=generator(), num_inference_steps=3, guidance_scale=2.0).audios
+    assert np.array_equal(pipe(prompt=PROMPTS[0], generator=generator()).audios, expected)
+
+
+def test_a_checkpoint_of_before_loads_and_is_called_as_before(pipe, image, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    stored = {name: index.pop(name) for name in list(index) if name.startswith("default_")}
+    assert len(stored) == 4
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    old = MelFusionPipeline.from_pretrained(tmp_path)
+    old.set_progress_bar_config(disable=True)
+    before = {"num_inference_steps": 50, "num_inversion_steps": 10, "guidance_scale": 3.0}
+    expected = pipe(image, PROMPTS[0], generator=generator(), **before).audios
+    assert np.array_equal(old(image, PROMPTS[0], generator=generator()).audios, expected)
+
+
+def test_what_the_synapse_was_trained_with_is_the_default(pipe, image):
+    pipe.synapse.register_to_config(image_latents="inversion", num_inversion_steps=3, image_size=16)
+    features = pipe.encode_image(image)
+    assert len(features.timesteps) == 3 and features.image_size == 16
+    assert len(pipe.encode_image(image, num_inversion_steps=2).timesteps) == 2
+
+
+def test_at_one_the_picture_does_not_guide(pipe, image):
+    assert np.array_equal(run(pipe, image, PROMPTS[0], image_guidance_scale=1.0), run(pipe, image, PROMPTS[0]))
+    assert pipe.image_guidance_scale is None

@@ -319,8 +319,9 @@ def test_the_sizes_in_the_diagram_are_those_of_the_real_models():
     measured = measure_sizes()
     assert {name: sizes for name, sizes in shown.items() if sizes} == measured
     layers = sum(int(line.split()[0]) for line in measured["recorded"])
-    defaults = inspect.signature(MelFusionPipeline.__call__).parameters
-    steps, inversion_steps = (defaults[name].default for name in ("num_inference_steps", "num_inversion_steps"))
+    steps = inspect.signature(MelFusionPipeline).parameters["default_num_inference_steps"].default
+    with torch.device("meta"):
+        inversion_steps = MelFusionPipeline(**build_components()).default_num_inversion_steps
     assert f"keys and values of {layers} layers at {inversion_steps} noise levels" in diagram
     assert f"{inversion_steps} passes" in diagram and f"UNet, {steps} steps" in diagram
     assert max(int(line.split()[3]) for line in measured["recorded"]) == MAX_RECORDED_TOKENS

@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from measure_inversion import decode, psnr, round_trip
 from measure_music import drum_presence, onset_rate, register
 
@@ -26,7 +27,6 @@ PICTURES = {
     "rocket_hall": (True, True),
 }
 PROMPTS = ("a waltz for piano", "organ playing a march")
-GUIDANCE, IMAGE_GUIDANCE = 5.0, 8.0
 # About half of the smaller of two sets of seeds: onsets a second 1.07, 1.76; drums 0.25, 0.19; register in semitones
 # 12.6, 11.6. With the opposite pictures the same figures came out negative.
 THRESHOLDS = {"onsets": 0.5, "drums": 0.09, "register": 5.5}
@@ -40,16 +40,7 @@ def make(pipe: MelFusionPipeline, picture: str, prompt: str, **changes) -> tuple
     """The log-mel spectrogram `[frames, 64]` and the waveform `[T]` of one clip."""
     image = PIL.Image.open(ROOT / "examples" / "images" / f"{picture}.jpg")
     generator = torch.Generator().manual_seed(PROMPTS.index(prompt))
-    mel = pipe(
-        image,
-        prompt,
-        num_inference_steps=25,
-        guidance_scale=GUIDANCE,
-        image_guidance_scale=IMAGE_GUIDANCE,
-        generator=generator,
-        output_type="mel",
-        **changes,
-    ).audios
+    mel = pipe(image, prompt, generator=generator, output_type="mel", **changes).audios
     return mel[0].float(), pipe.mel_spectrogram_to_waveform(mel)[0].numpy()
 
 
@@ -90,6 +81,13 @@ def follows(found: dict[str, float]) -> bool:
 def test_the_music_follows_the_pictures(pipe, clips):
     found = contrasts(clips, pipe.vocoder.config.sampling_rate)
     assert follows(found), found
+
+
+def test_a_call_without_arguments_is_the_evaluated_setting(pipe, clips):
+    evaluated = {"num_inference_steps": 10, "num_inversion_steps": 10, "guidance_scale": 5.0}
+    assert type(pipe.scheduler) is DPMSolverMultistepScheduler
+    given = make(pipe, "fog", PROMPTS[0], image_guidance_scale=8.0, **evaluated)[1]
+    assert np.array_equal(clips["fog", PROMPTS[0]][1], given)
 
 
 def test_without_the_synapse_it_does_not(pipe, clips):

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import evaluate  # noqa: E402
 
 SYSTEMS = ("melfusion", "text-only", "shuffled", "reference")
+CALL = ("num_inference_steps", "num_inversion_steps", "guidance_scale", "image_guidance_scale")
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,11 +32,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--split", default="test")
     parser.add_argument("--clips", type=int, default=200)
     parser.add_argument("--systems", nargs="*", default=SYSTEMS)
-    parser.add_argument("--num_inversion_steps", type=int, default=10)
     parser.add_argument("--feature_source", default="inversion")
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--guidance_scale", type=float, default=3.0)
-    parser.add_argument("--image_guidance_scale", type=float, help="guide with the picture too, as the pipeline does")
+    for name in CALL:
+        parser.add_argument(f"--{name}", help="default: the checkpoint's own")
     return parser.parse_args()
 
 
@@ -52,11 +51,9 @@ def make_table(args: argparse.Namespace, triplets: Path) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     bridge = args.output / "mood_sentences.txt"
     bridge.write_text("".join(f"{text}\n" for text in mood_texts()[0]))
-    named = {name: getattr(args, name) for name in ("checkpoint", "output", "num_inversion_steps", "feature_source")}
-    named |= {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    named = {name: getattr(args, name) for name in ("checkpoint", "output", "feature_source")}
+    named |= {name: getattr(args, name) for name in CALL if getattr(args, name) is not None}
     named |= {"triplets": triplets, "imsm_captions": bridge, "classifier": f"ast={args.components / 'classifier'}"}
-    if args.image_guidance_scale is not None:
-        named["image_guidance_scale"] = args.image_guidance_scale
     named |= {f"{model}_model": args.components / model for model in ("clap", "clip")}
     evaluate.main([*(f"--{name}={value}" for name, value in named.items()), "--systems", *args.systems])
 
