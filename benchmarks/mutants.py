@@ -43,20 +43,20 @@ MUTANTS = [
     # ---------------------------------------- attention
     Mutant(
         "attention_melfusion",
-        "if tokens.shape[1] > MAX_RECORDED_TOKENS:",
-        "if tokens.shape[1] > 10**9:",
+        "if num_tokens <= MAX_RECORDED_TOKENS:",
+        "if num_tokens <= 10**9:",
         "long layers are not pooled",
     ),
     Mutant(
         "attention_melfusion",
-        "self.cell.write(attn.to_k(tokens), attn.to_v(tokens))",
-        "self.cell.write(attn.to_v(tokens), attn.to_k(tokens))",
+        "self.key, self.value = attn.to_k(tokens), attn.to_v(tokens)",
+        "self.value, self.key = attn.to_k(tokens), attn.to_v(tokens)",
         "keys and values are recorded the wrong way round",
     ),
     Mutant(
         "attention_melfusion",
-        "self.alpha.to(music.dtype))",
-        "1 - self.alpha.to(music.dtype))",
+        "self.alpha.to(music))",
+        "1 - self.alpha.to(music))",
         "alpha weighs the music instead of the picture",
     ),
     Mutant(
@@ -73,13 +73,13 @@ MUTANTS = [
     ),
     Mutant(
         "attention_melfusion",
-        "self.blend(attn.to_v(context), image_value)",
-        "self.blend(attn.to_v(context), image_key)",
+        "self.blend(attn.to_v(context), self.value)",
+        "self.blend(attn.to_v(context), self.key)",
         "values are blended with the picture's keys",
     ),
     Mutant(
         "attention_melfusion",
-        "self.blend(attn.to_k(context), image_key)",
+        "self.blend(attn.to_k(context), self.key)",
         "attn.to_k(context)",
         "only values are blended",
     ),
@@ -107,7 +107,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_melfusion",
-        "processor.cell.key = processor.cell.value = None",
+        "processor.key = processor.value = None",
         "pass",
         "recorded tensors stay where they were",
     ),
@@ -210,11 +210,11 @@ MUTANTS = [
     Mutant("inversion_melfusion", "levels = levels[::-1]", "levels = levels[:]", "the reconstruction walks upwards"),
     Mutant(
         "inversion_melfusion",
-        "[level.timestep for level in levels[:-1]]",
-        "[level.timestep for level in levels[1:]]",
+        "timesteps=torch.tensor([level.timestep for level in levels[:-1]])",
+        "timesteps=torch.tensor([level.timestep for level in levels[1:]])",
         "features are filed under the next step's time",
     ),
-    Mutant("features_melfusion", ").abs().argmin())", ").argmin())", "the last step is always the nearest"),
+    Mutant("features_melfusion", ").abs().argmin(dim=1)", ").argmin(dim=1)", "the last step is always the nearest"),
     Mutant(
         "features_melfusion",
         "(self.keys[layer][step], self.values[layer][step])",

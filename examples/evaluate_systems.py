@@ -29,6 +29,7 @@ from melfusion_pipeline.audio import (
     waveform_to_latents,
 )
 from melfusion_pipeline.data import is_silent, open_image
+from melfusion_pipeline.files_melfusion import atomic_write
 from melfusion_pipeline.pictures_melfusion import to_rgb
 
 SYSTEMS = ("melfusion", "text-only", "caption", "shuffled", "reference")
@@ -76,10 +77,9 @@ def digest_components(components: dict[str, object]) -> str:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file at once: a reader finds the old content or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    """Writes a file as a whole: a reader finds the old content or the new."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def claim_folder(folder: Path, settings: dict) -> None:

@@ -45,6 +45,7 @@ from melfusion_pipeline.data import (
     read_triplet,
     select_good_rows,
 )
+from melfusion_pipeline.files_melfusion import atomic_write
 from melfusion_pipeline.pictures_melfusion import prepare_image
 from melfusion_pipeline.plotting import plot_mel_spectrogram
 from melfusion_pipeline.training import TRAINABLE, MelFusionObjective, MusicLatentCache, TrajectoryCache, freeze
@@ -488,9 +489,8 @@ def open_log(state: State):
     path = state.args.output_dir / "losses.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.position.step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(kept))
     return path.open("a")
 
 

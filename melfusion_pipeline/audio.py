@@ -8,7 +8,6 @@ The settings of the spectrogram are the constants below, and nowhere else.
 
 import math
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -23,6 +22,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.utils import logging
 from transformers.audio_utils import mel_filter_bank
+
+from .files_melfusion import atomic_write
 
 if TYPE_CHECKING:
     from av.audio.resampler import AudioResampler
@@ -119,19 +120,16 @@ def save_audio(path: str | os.PathLike, waveform: np.ndarray | torch.Tensor, sam
         logger.warning(f"The peak of `waveform` is {peak:.3f}; it is scaled to 1 so that {path.name} does not clip.")
         samples = samples / peak
     samples = np.atleast_2d(samples)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     arguments = (int(sampling_rate), len(samples), SUBTYPES[file_format])
     try:
-        with soundfile.SoundFile(temporary, "w", *arguments, format=file_format) as file:
-            for start in range(0, samples.shape[1], SAMPLES_PER_BLOCK):
-                file.write(samples[:, start : start + SAMPLES_PER_BLOCK].T)
-        os.replace(temporary, path)
+        with atomic_write(path) as temporary:
+            with soundfile.SoundFile(temporary, "w", *arguments, format=file_format) as file:
+                for start in range(0, samples.shape[1], SAMPLES_PER_BLOCK):
+                    file.write(samples[:, start : start + SAMPLES_PER_BLOCK].T)
     except soundfile.LibsndfileError as error:
         if error.code == SYSTEM_ERROR:
             raise OSError(f"{str(path)!r} cannot be written: {error}") from error
         raise ValueError(f"{samples.shape} samples at {sampling_rate} Hz make no {file_format}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_audio(path: str | os.PathLike, start: float = 0.0, duration: float | None = None) -> tuple[torch.Tensor, int]:

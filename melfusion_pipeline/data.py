@@ -27,6 +27,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from .audio import load_audio, load_random_crop
+from .files_melfusion import atomic_write
 
 logger = logging.get_logger(__name__)
 
@@ -476,10 +477,6 @@ def convert_musiccaps(path: PathLike, clips: PathLike, images: PathLike, output:
         missing = [f"no {name} {record['ytid']}.* in {str(folders[name])!r}" for name in files if not row[name]]
         problems += [(number, message) for message in missing]
         lines += [] if missing else [json.dumps(row) + "\n"]
-    temporary = root / f".{Path(output).name}.{os.getpid()}"
-    try:
+    with atomic_write(output) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
     return problems

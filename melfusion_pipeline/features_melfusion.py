@@ -11,14 +11,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .files_melfusion import atomic_write
+
 FEATURE_SOURCES = ("inversion", "reconstruction")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageFeatures:
     """What a picture contributes to the music: the keys and values of each recorded layer at each recorded timestep.
 
-    A value: computed once, it serves any prompt, seed, number of steps and audio length.
+    Computed once, it serves any prompt, seed, number of steps and audio length. `==` and `hash` go by identity: two
+    features are equal only if they are one object. Compare their tensors with `torch.equal`.
 
     Args:
         keys: By layer name, `K_l^I` as `[steps, pictures, tokens, channels]`.
@@ -65,6 +68,33 @@ class ImageFeatures:
         """The memory that keys and values take, in bytes."""
         return sum(tensor.nbytes for tensor in (*self.keys.values(), *self.values.values()))
 
+    def nearest(self, timesteps: torch.Tensor) -> torch.LongTensor:
+        """Finds the recorded step nearest to each timestep; of two that are as near, the one recorded first.
+
+        Args:
+            timesteps: `[N]`, on any device.
+
+        Returns:
+            `[N]`, on the CPU: numbers for `at_step`.
+
+        Raises:
+            TypeError: If `timesteps` is no tensor of real numbers.
+            ValueError: If it is not `[N]`, or a timestep is not finite.
+        """
+        if not isinstance(timesteps, torch.Tensor) or timesteps.is_complex() or timesteps.dtype == torch.bool:
+            raise TypeError(f"`timesteps` must be a tensor of numbers, got {timesteps!r:.80}.")
+        if timesteps.ndim != 1 or not timesteps.isfinite().all():
+            raise ValueError(f"`timesteps` must be finite, [N], got {timesteps!r:.80}.")
+        return (self.timesteps.cpu().double() - timesteps.cpu().double()[:, None]).abs().argmin(dim=1)
+
+    def at_step(self, step: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Gives each layer's `(key, value)`, `[pictures, tokens, channels]`, of the recorded step number `step`.
+
+        Raises:
+            IndexError: If there is no such step.
+        """
+        return {layer: (self.keys[layer][step], self.values[layer][step]) for layer in self.keys}
+
     def at(self, timestep: float | torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Gives each layer's `(key, value)`, `[pictures, tokens, channels]`, recorded nearest to `timestep`.
 
@@ -77,8 +107,7 @@ class ImageFeatures:
             raise TypeError(f"`timestep` must be one number, got {timestep!r:.80}.")
         if not abs(number) <= sys.float_info.max:
             raise ValueError(f"`timestep` must be finite, got {timestep!r:.80}.")
-        step = int((self.timesteps - float(number)).abs().argmin())
-        return {layer: (self.keys[layer][step], self.values[layer][step]) for layer in self.keys}
+        return self.at_step(self.nearest(torch.tensor([float(number)], dtype=torch.float64)).item())
 
     def to(self, *args: Any, **kwargs: Any) -> "ImageFeatures":
         """Moves keys and values to a device and/or dtype, with the arguments of `torch.Tensor.to`."""
@@ -98,15 +127,11 @@ class ImageFeatures:
         tensors = {f"{layer}.key": key.contiguous() for layer, key in self.keys.items()}
         tensors |= {f"{layer}.value": value.contiguous() for layer, value in self.values.items()}
         metadata = {"feature_source": self.feature_source, "image_size": str(self.image_size or "")}
-        partial = f"{path}.{os.getpid()}.partial"
         try:
-            save_file({**tensors, "timesteps": self.timesteps}, partial, metadata=metadata)
-            os.replace(partial, path)
+            with atomic_write(path) as temporary:
+                save_file({**tensors, "timesteps": self.timesteps}, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
-        finally:
-            if os.path.exists(partial):
-                os.remove(partial)
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "ImageFeatures":

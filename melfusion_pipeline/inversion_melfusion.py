@@ -86,9 +86,11 @@ def ddim_walk(
     Yields:
         After each step the level it reached and the latents there.
     """
-    for source, target in pairwise(levels):
+    # Tensors, because a compiled UNet would be compiled again for numbers.
+    timesteps = torch.tensor([source.timestep for source in levels[:-1]], device=latents.device)
+    for timestep, (source, target) in zip(timesteps, pairwise(levels)):
         model_input = latents.to(image_unet.dtype)
-        model_output = image_unet(model_input, source.timestep, encoder_hidden_states=prompt_embeds).sample
+        model_output = image_unet(model_input, timestep, encoder_hidden_states=prompt_embeds).sample
         latents = ddim_step(
             model_output.to(latents.dtype), latents, source.alpha_cumprod, target.alpha_cumprod, prediction_type
         )
@@ -117,7 +119,7 @@ def record_keys_and_values(
     recorders = KVRecorders(image_unet, dict.fromkeys(layers))
     with use_attn_processors(image_unet, recorders):
         image_unet(latents.to(image_unet.dtype), timesteps, encoder_hidden_states=prompt_embeds)
-    recorded = recorders.take()
+    recorded = recorders.collect()
     keys, values = zip(*recorded.values())
     return dict(zip(recorded, keys)), dict(zip(recorded, values))
 
@@ -152,19 +154,23 @@ def record_image_features(
     prediction_type = scheduler.config.prediction_type
     passes = num_inversion_steps * (1 if feature_source == "inversion" else 2)
     recorders = KVRecorders(image_unet, dict.fromkeys(layers))
-    recorded = []
+    keys, values = {}, {}
     with progress_bar(total=passes) as bar:
         if feature_source == "reconstruction":
             for _, latents in ddim_walk(image_unet, latents, prompt_embeds, levels, prediction_type):
                 bar.update()
             levels = levels[::-1]
         with use_attn_processors(image_unet, recorders):
-            for _ in ddim_walk(image_unet, latents, prompt_embeds, levels, prediction_type):
-                recorded.append(recorders.take())
+            for step, _ in enumerate(ddim_walk(image_unet, latents, prompt_embeds, levels, prediction_type)):
+                for layer, (key, value) in recorders.collect().items():
+                    if step == 0:
+                        keys[layer] = key.new_empty(num_inversion_steps, *key.shape)
+                        values[layer] = value.new_empty(num_inversion_steps, *value.shape)
+                    keys[layer][step], values[layer][step] = key, value
                 bar.update()
     return ImageFeatures(
-        keys={layer: torch.stack([step[layer][0] for step in recorded]) for layer in recorders},
-        values={layer: torch.stack([step[layer][1] for step in recorded]) for layer in recorders},
+        keys=keys,
+        values=values,
         timesteps=torch.tensor([level.timestep for level in levels[:-1]]),
         feature_source=feature_source,
     )

@@ -34,6 +34,7 @@ from .attention_melfusion import KVBlenders, use_attn_processors
 from .checkpoint_melfusion import CheckpointMixin
 from .checks_melfusion import check_call, check_finite, check_image_inputs
 from .features_melfusion import ImageFeatures
+from .files_melfusion import atomic_write  # noqa: F401 - remote code gets only the files that are named here
 from .inversion_melfusion import record_image_features
 from .pictures_melfusion import Image, as_pil_images, prepare_image
 

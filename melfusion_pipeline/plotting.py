@@ -136,7 +136,7 @@ class _AttentionObserver:
     def __call__(self, attn: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         """Adds one pass; `inputs` starts with the hidden states `[branches * waveforms, tokens, channels]`."""
         processor, hidden_states = attn.processor, inputs[0]
-        key = processor.blend(attn.to_k(hidden_states), processor.cell.read()[0])
+        key = processor.blend(attn.to_k(hidden_states), processor.key)
         query, key = (attn.head_to_batch_dim(states) for states in (attn.to_q(hidden_states), key))
         weights = attn.get_attention_scores(query, key).float().unflatten(0, (processor.alpha.shape[0], -1))
         # The last branch sees picture and prompt; its rows are waveforms and heads.

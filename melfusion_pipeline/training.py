@@ -22,6 +22,7 @@ from torch import nn
 
 from .attention_melfusion import KVBlenders, use_attn_processors
 from .audio import SAMPLING_RATE, waveform_to_latents, waveform_to_mel
+from .files_melfusion import atomic_write
 from .inversion_melfusion import ddim_walk, inversion_grid, record_keys_and_values
 
 # What each choice trains; everything else of the pipeline is frozen.
@@ -164,14 +165,11 @@ def _hash_weights(*models: nn.Module) -> bytes:
 
 
 def _write_tensor(name: str, tensor: torch.Tensor, path: Path) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        save_file({name: tensor.contiguous()}, partial)
-        os.replace(partial, path)
+        with atomic_write(path) as temporary:
+            save_file({name: tensor.contiguous()}, temporary)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class MusicLatentCache:

@@ -1,19 +1,21 @@
 import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import Attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from untrained import music_unet, picture_unet
 
 from melfusion_pipeline import VisualSynapse
 from melfusion_pipeline.attention_melfusion import (
     BlendKVAttnProcessor,
     KVBlenders,
-    KVCell,
     KVRecorders,
+    pool_recorded_tokens,
     use_attn_processors,
 )
 from melfusion_pipeline.modeling_melfusion import decoder_layers
@@ -93,10 +95,10 @@ def test_blending_equals_a_textbook_implementation(projection: str, position: st
 def test_a_padded_text_does_not_depend_on_its_batch_mates():
     torch.manual_seed(0)
     attn = Attention(16, 24, heads=4, dim_head=4)
-    processor = BlendKVAttnProcessor(KVCell())
+    processor = BlendKVAttnProcessor()
     attn.set_processor(processor)
     key, value = torch.randn(2, 1, 7, 16)
-    processor.cell.write(key, value)
+    processor.key, processor.value = key, value
     processor.alpha = torch.full((1, 1, 1, 1, 1), 0.4)
     hidden_states, text = torch.randn(2, 5, 16), torch.randn(2, 7, 24)
     mask = torch.zeros(2, 1, 7)
@@ -143,8 +145,8 @@ def test_what_a_layer_does_beside_attending_is_kept(alpha: float):
         torch.nn.init.normal_(norm.weight)
     hidden_states, text = torch.randn(2, 5, 16), torch.randn(2, 7, 24)
     key, value = torch.randn(2, 1, 7, 16)
-    processor = BlendKVAttnProcessor(KVCell())
-    processor.cell.write(key, value)
+    processor = BlendKVAttnProcessor()
+    processor.key, processor.value = key, value
     processor.alpha = torch.full((1, 1, 1, 1, 1), alpha)
     with torch.no_grad():
         hooks = [
@@ -166,7 +168,9 @@ def test_every_layer_gets_its_own_alpha_keys_and_values():
     blenders.read(given, alphas)
     for index, layer in enumerate(layers):
         assert torch.equal(blenders[layer].alpha.flatten(), alphas[index])
-        assert blenders[layer].cell.read()[0] is given[layer][0] and blenders[layer].cell.read()[1] is given[layer][1]
+        assert torch.equal(blenders[layer].key, given[layer][0]) and torch.equal(
+            blenders[layer].value, given[layer][1]
+        )
 
 
 def test_alpha_zero_is_the_unet_bit_for_bit():
@@ -199,15 +203,15 @@ def test_recording_leaves_the_output_bitwise_unchanged_and_records_the_layers_ow
         recorders = KVRecorders(unet, layers)
         with use_attn_processors(unet, recorders):
             assert torch.equal(unet(*inputs).sample, expected)
-    recorded = recorders.take()
+    recorded = recorders.collect()
     assert projected[layers[-1], "to_k"].shape[1] == 80 * 72
     for layer in layers:
         for index, side in enumerate(("to_k", "to_v")):
             own = projected[layer, side]
             pooled = torch.stack([textbook_pool(row, min(len(row), 1024)) for row in own])
             torch.testing.assert_close(recorded[layer][index], pooled)
-    with pytest.raises(RuntimeError, match="No keys and values"):
-        recorders.take()
+    with pytest.raises(RuntimeError, match="No keys and values were recorded"):
+        recorders.collect()
 
 
 def test_processors_are_restored_also_after_an_exception():
@@ -225,26 +229,64 @@ def test_processors_are_restored_also_after_an_exception():
 def test_blending_without_anything_to_read_is_refused():
     unet = music_unet()
     blenders = KVBlenders([name for name, _, _ in decoder_layers(unet, "attn2")])
-    with use_attn_processors(unet, blenders), pytest.raises(RuntimeError, match="No keys and values"):
+    with use_attn_processors(unet, blenders), pytest.raises(RuntimeError, match="no keys and values to blend"):
         unet(**blend_inputs(unet))
 
 
-def test_attention_backends_reach_the_blending_processors():
+class Operations(TorchDispatchMode):
+    """Counts operations by name; where `like_mps`, refuses the pooling that Apple's MPS does not have."""
+
+    def __init__(self, like_mps: bool = False):
+        super().__init__()
+        self.like_mps, self.counts = like_mps, Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.overloadpacket.__name__] += 1
+        if self.like_mps and "adaptive_avg_pool" in str(function):
+            sizes = zip(args[0].shape[-len(args[1]) :], args[1])
+            if any(inputs % outputs for inputs, outputs in sizes):
+                raise RuntimeError("Adaptive pool MPS: input sizes must be divisible by output sizes.")
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_attention_backend_set_before_a_call_serves_the_blended_layers():
     torch.manual_seed(0)
     unet = music_unet().eval()
     inputs = blend_inputs(unet)
+    flash = "_scaled_dot_product_flash_attention_for_cpu"
     blenders, _ = ready_blenders(unet, 0.5)
-    with torch.no_grad(), use_attn_processors(unet, blenders):
+    with torch.no_grad(), use_attn_processors(unet, blenders), Operations() as default:
         expected = unet(**inputs).sample
-        with attention_backend("_native_math"):
-            torch.testing.assert_close(unet(**inputs).sample, expected, atol=1e-5, rtol=1e-4)
+    try:
         unet.set_attention_backend("_native_math")
-        assert all(processor._attention_backend.value == "_native_math" for processor in blenders.values())
-        unet.set_attention_backend("native")
-        # Backends agree in their results: only one that does not exist shows that the choice is passed on.
-        blenders[next(iter(blenders))]._attention_backend = "nonsense"
-        with pytest.raises(ValueError, match="nonsense"):
+        blenders, _ = ready_blenders(unet, 0.5)
+        with torch.no_grad(), use_attn_processors(unet, blenders), Operations() as math:
             unet(**inputs)
+    finally:
+        unet.set_attention_backend("native")
+    assert expected.isfinite().all()
+    assert default.counts[flash] - math.counts[flash] == len(blenders)
+
+
+@pytest.mark.parametrize("num_tokens", [5, 1024, 2048, 4096, 1025, 1600, 6400])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_tokens_are_pooled_as_by_the_library_also_where_it_refuses(num_tokens: int, dtype: torch.dtype):
+    torch.manual_seed(0)
+    states = torch.randn(2, num_tokens, 3).to(dtype)
+    with Operations(like_mps=True):
+        pooled = pool_recorded_tokens(states)
+    expected = F.adaptive_avg_pool1d(states.transpose(1, 2), min(num_tokens, 1024)).transpose(1, 2)
+    if num_tokens <= 1024 or num_tokens % 1024 == 0:
+        assert torch.equal(pooled, expected)
+    torch.testing.assert_close(pooled, expected)
+
+
+def test_keys_on_another_device_are_blended_where_the_music_is():
+    """The meta device stands for a second one: it refuses to compute with the CPU's tensors, as a GPU does."""
+    processor = BlendKVAttnProcessor()
+    processor.alpha = torch.rand(2, 1, 1, 1, 1)
+    blended = processor.blend(torch.empty(4, 5, 8, device="meta", dtype=torch.float16), torch.randn(1, 5, 8))
+    assert blended.device.type == "meta" and blended.dtype == torch.float16 and blended.shape == (4, 5, 8)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -303,8 +345,8 @@ def test_compiled_unets_run_as_one_graph_without_recompilation():
     with torch.no_grad(), use_attn_processors(compiled, recorders):
         for step in range(4):
             inputs = (torch.randn(1, 4, 8, 8), torch.tensor(100 * step), torch.randn(1, 5, 24))
-            output, recorded = compiled(*inputs).sample, recorders.take()
+            output, recorded = compiled(*inputs).sample, recorders.collect()
             torch.testing.assert_close(output, image_unet(*inputs).sample, atol=1e-4, rtol=1e-4)
-            for layer, (key, _) in recorders.take().items():
+            for layer, (key, _) in recorders.collect().items():
                 torch.testing.assert_close(recorded[layer][0], key, atol=1e-4, rtol=1e-4)
     assert counter.graphs == 1

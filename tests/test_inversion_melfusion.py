@@ -59,7 +59,7 @@ class Oracle(torch.nn.Module):
     def forward(self, latents, timestep, encoder_hidden_states):
         self.calls.append((int(timestep), latents))
         output = type("Output", (), {})()
-        output.sample = self.function(latents, timestep)
+        output.sample = self.function(latents, int(timestep))
         return output
 
 
@@ -177,6 +177,43 @@ def test_a_batch_of_pictures_equals_its_pictures():
         torch.testing.assert_close(together.keys[layer][:, 1:2], alone.keys[layer], atol=1e-5, rtol=1e-4)
 
 
+class Replay(torch.nn.Module):
+    """Runs a UNet as CUDA graphs do: what it returned or recorded is overwritten by its next pass."""
+
+    def __init__(self, unet, recorded):
+        super().__init__()
+        self.unet, self.dtype, self.recorded, self.static = unet, unet.dtype, recorded, {}
+
+    def get_submodule(self, name):
+        return self.unet.get_submodule(name)
+
+    def keep(self, name, tensor):
+        return self.static.setdefault(name, torch.empty_like(tensor)).copy_(tensor)
+
+    def forward(self, *args, **kwargs):
+        output = self.unet(*args, **kwargs)
+        output.sample = self.keep("sample", output.sample)
+        for layer in self.recorded:
+            processor = self.unet.get_submodule(layer).processor
+            processor.key = self.keep((layer, "key"), processor.key)
+            processor.value = self.keep((layer, "value"), processor.value)
+        return output
+
+
+def test_recordings_survive_a_unet_that_overwrites_its_outputs():
+    torch.manual_seed(0)
+    unet = picture_unet().eval()
+    layers = [name for name, _, _ in decoder_layers(unet, "attn1")]
+    inputs = (image_scheduler(), torch.randn(2, 4, 8, 8), torch.randn(2, 5, 24), layers, 4)
+    with torch.no_grad():
+        expected = record_image_features(unet, *inputs)
+        recorded = record_image_features(Replay(unet, layers), *inputs)
+    for layer in layers:
+        assert torch.equal(recorded.keys[layer], expected.keys[layer])
+        assert torch.equal(recorded.values[layer], expected.values[layer])
+        assert not torch.equal(expected.keys[layer][0], expected.keys[layer][1])
+
+
 # -------------------------------------------------------------------------------------------------- features
 
 
@@ -193,6 +230,27 @@ def test_at_gives_the_nearest_recorded_timestep(timestep: float, step: int):
         key, value = features.at(t)["b.attn1"]
         assert torch.equal(key, features.keys["b.attn1"][step])
         assert torch.equal(value, features.values["b.attn1"][step])
+
+
+def test_a_table_of_recorded_steps_gives_what_each_lookup_gives():
+    features = some_features()
+    timesteps = torch.tensor([999.0, 170.0, 166.5, 160.0, -5.0])
+    steps = features.nearest(timesteps)
+    assert steps.tolist() == [2, 1, 0, 0, 0] and steps.dtype == torch.long
+    for timestep, step in zip(timesteps, steps.tolist()):
+        for one, other in zip(features.at(timestep).values(), features.at_step(step).values()):
+            assert all(map(torch.equal, one, other))
+    with pytest.raises(ValueError, match="finite"):
+        features.nearest(torch.tensor([0.0, float("nan")]))
+    with pytest.raises(TypeError, match="tensor of numbers"):
+        features.nearest([0, 1])
+    with pytest.raises(IndexError):
+        features.at_step(3)
+
+
+def test_features_are_equal_to_themselves_only():
+    features, same = some_features(), some_features()
+    assert features == features and features != same and len({features, features, same}) == 2
 
 
 def test_features_move_and_survive_the_disk(tmp_path: Path):

@@ -18,7 +18,7 @@ from untrained import picture_unet, untrained_components
 from melfusion_pipeline import MelFusionPipeline, VisualSynapse
 
 ROOT = Path(__file__).parents[1]
-ROOMS = "attention checkpoint checks features inversion pictures pipeline".split()
+ROOMS = "attention checkpoint checks features files inversion pictures pipeline".split()
 CODE = {f"{room}_melfusion.py" for room in ROOMS} | {"synapse/modeling_melfusion.py"}
 
 

@@ -204,7 +204,7 @@ def test_the_loss_is_the_papers(training_pipe, batch, prediction_type, snr_gamma
 
 def first_picture(blenders) -> dict:
     """What the blenders hold, for one picture."""
-    return {layer: tuple(part[:1] for part in processor.cell.read()) for layer, processor in blenders.items()}
+    return {layer: (processor.key[:1], processor.value[:1]) for layer, processor in blenders.items()}
 
 
 def test_outside_of_attached_the_objective_refuses(training_pipe, batch):

@@ -1,0 +1,49 @@
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from melfusion_pipeline.files_melfusion import atomic_write
+
+
+def test_a_file_is_replaced_only_when_it_is_complete(tmp_path: Path):
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    with atomic_write(target) as temporary:
+        temporary.write_text("new")
+        assert temporary.suffix == ".txt" and target.read_text() == "old"
+    assert target.read_text() == "new" and os.listdir(tmp_path) == ["file.txt"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_after_an_error_the_old_file_is_there_and_nothing_else(tmp_path: Path, error: BaseException):
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    with pytest.raises(type(error)), atomic_write(str(target)) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert target.read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_two_writers_of_one_process_id_do_not_meet(tmp_path: Path):
+    target = tmp_path / "file.txt"
+    with atomic_write(target) as one:
+        one.write_text("one")
+        with atomic_write(target) as other:
+            other.write_text("other")
+        assert target.read_text() == "other" and one.read_text() == "one"
+    assert target.read_text() == "one"
+
+
+def test_others_may_read_what_they_could_read_before(tmp_path: Path):
+    (tmp_path / "plain").touch()
+    with atomic_write(tmp_path / "file.txt") as temporary:
+        temporary.write_text("content")
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "file.txt")}
+    assert len(modes) == 1
+
+
+def test_a_missing_folder_is_an_error(tmp_path: Path):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "missing" / "file.txt"):
+        pass
