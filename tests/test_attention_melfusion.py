@@ -2,9 +2,11 @@ import itertools
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import photograph
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -163,14 +165,16 @@ def test_what_a_layer_does_beside_attending_is_kept(alpha: float):
 def test_every_layer_gets_its_own_alpha_keys_and_values():
     layers = ["a", "b", "c"]
     blenders = KVBlenders(layers)
-    given = {layer: tuple(torch.randn(2, 1, 3, 4)) for layer in layers}
+    given = {layer: tuple(torch.randn(5, 2, 1, 3, 4)[2]) for layer in layers}
     alphas = torch.rand(3, 2)
     blenders.read(given, alphas)
     for index, layer in enumerate(layers):
         assert torch.equal(blenders[layer].alpha.flatten(), alphas[index])
-        assert torch.equal(blenders[layer].key, given[layer][0]) and torch.equal(
-            blenders[layer].value, given[layer][1]
-        )
+        assert torch.equal(blenders[layer].key, given[layer][0])
+        assert torch.equal(blenders[layer].value, given[layer][1])
+        # Where a tensor begins in its storage is part of what a compiled UNet is compiled for.
+        tensors = (blenders[layer].key, blenders[layer].value, blenders[layer].alpha)
+        assert [tensor.storage_offset() for tensor in tensors] == [0, 0, 0]
 
 
 def test_alpha_zero_is_the_unet_bit_for_bit():
@@ -350,3 +354,27 @@ def test_compiled_unets_run_as_one_graph_without_recompilation():
             for layer, (key, _) in recorders.collect().items():
                 torch.testing.assert_close(recorded[layer][0], key, atol=1e-4, rtol=1e-4)
     assert counter.graphs == 1
+
+
+@pytest.mark.slow
+def test_calls_of_several_sizes_stay_below_torchs_limit_of_graphs(pipe):
+    """Both UNets count against one limit (`recompile_limit`, 8), because they run the same code of diffusers."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    pipe.unet.compile(backend=counter, fullgraph=True)
+    pipe.image_unet.compile(backend=counter, fullgraph=True)
+    photographs = [photograph(seed) for seed in range(3)]
+
+    def graphs(image, **kwargs) -> int:
+        before = counter.graphs
+        assert np.isfinite(pipe(image, "a waltz", num_inference_steps=3, num_inversion_steps=3, **kwargs).audios).all()
+        return counter.graphs - before
+
+    # One for each UNet: neither the step, nor the timestep, nor the picture is compiled for.
+    assert graphs(photographs[0]) == 2 and graphs(photographs[1]) == 0
+    graphs(photographs[0], image_guidance_scale=2.0)
+    graphs(photographs[:2])
+    graphs(photographs)
+    assert graphs(photographs[:2], image_guidance_scale=2.0) == 0
+    graphs(photographs[0], image_size=48)
+    assert counter.graphs <= torch._dynamo.config.recompile_limit
