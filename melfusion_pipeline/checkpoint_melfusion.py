@@ -4,12 +4,13 @@ import importlib
 import inspect
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import diffusers
@@ -17,6 +18,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from diffusers.utils import logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
+from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import (
     ClapTextModelWithProjection,
@@ -32,7 +34,9 @@ logger = logging.get_logger(__name__)
 
 # In an index without components of its own: the folder in which they lie.
 CHECKPOINT_KEY = "_checkpoint"
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+# What the libraries read beside weights: configurations, vocabularies, sentencepiece models.
+TEXT_SUFFIXES = (".json", ".txt", ".model")
 # The JSON files of a checkpoint and what each must say: one of these, or it is empty or another file.
 IDENTITY_KEYS = {
     "config.json": ("_class_name", "model_type"),
@@ -51,69 +55,90 @@ class CheckpointMixin:
         image_model: str | os.PathLike,
         music_model: str | os.PathLike,
         synapse: str | os.PathLike | ModelMixin | None = None,
+        *,
+        variant: str | None = None,
+        image_variant: str | None = None,
+        music_variant: str | None = None,
+        revision: str | None = None,
+        image_revision: str | None = None,
+        music_revision: str | None = None,
         **kwargs: Any,
     ) -> DiffusionPipeline:
         """Composes a Stable Diffusion checkpoint with an AudioLDM or MusicLDM checkpoint.
+
+        Weights are read from safetensors where there are any, else from `.bin` files by torch's restricted unpickler,
+        which runs no code; a warning names these files. `use_safetensors=True` refuses them.
 
         Args:
             image_model: Hub id or folder of a text-to-image checkpoint with a `UNet2DConditionModel`.
             music_model: Hub id or folder of an AudioLDM or MusicLDM checkpoint.
             synapse: Hub id or folder (of a synapse alone or of a whole pipeline), a `VisualSynapse`, or None:
                 untrained, with alpha = 0, so that the music does not follow the picture yet.
-            **kwargs: `torch_dtype` (or dtype), `variant`, `cache_dir`, `token`, `revision`, `local_files_only`, ...,
-                as `from_pretrained` takes them. Only safetensors weights are read.
+            variant: Of the weights, such as "fp16"; components without such files are read from their plain ones.
+            image_variant: Of `image_model`. None is `variant`.
+            music_variant: Of `music_model`. None is `variant`.
+            revision: Branch, tag or commit of the Hub repositories.
+            image_revision: Of `image_model`. None is `revision`.
+            music_revision: Of `music_model`. None is `revision`.
+            **kwargs: `torch_dtype` (or dtype), `cache_dir`, `token`, `local_files_only`, ..., as `from_pretrained`
+                takes them.
 
         Returns:
             A pipeline with every component.
 
         Raises:
-            ValueError: If a UNet needs a conditioning that this pipeline does not give, or the decoders do not match.
+            OSError: If files are missing, or damaged.
+            ValueError: If a UNet needs a conditioning that this pipeline does not give, the decoders do not match,
+                files hold not all of the weights or more than weights, or nothing is there of a variant.
         """
         dtype = kwargs.pop("torch_dtype", None)
         dtype = kwargs.pop("dtype", dtype)
-        kwargs.setdefault("use_safetensors", True)
-        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        image = _Source("image_model", image_model, image_variant or variant, image_revision or revision, **hub)
+        music = _Source("music_model", music_model, music_variant or variant, music_revision or revision, **hub)
+        for wanted, sources in ((variant, [image, music]), (image_variant, [image]), (music_variant, [music])):
+            if wanted and not any(source.has_variant("unet") for source in sources):
+                names = " or ".join(source.name for source in sources)
+                raise ValueError(f"There are no weights of `variant={wanted}` in the UNet's folder of {names}.")
+        pickles = []
 
-        def load(component_class: type, model: str | os.PathLike, subfolder: str) -> Any:
-            folder = Path(model, subfolder)
-            with _named_errors(folder):
-                if not issubclass(component_class, torch.nn.Module):
-                    return component_class.from_pretrained(model, subfolder=subfolder, **hub_kwargs)
-                dtype_name = "torch_dtype" if issubclass(component_class, ModelMixin) else "dtype"
-                load_kwargs = {**kwargs, dtype_name: dtype}
-                component = component_class.from_pretrained(model, subfolder=subfolder, **load_kwargs)
-            _check_weights(component, folder)
-            return component
+        def load(component_class: type, source: _Source, subfolder: str) -> Any:
+            return _load_component(component_class, source, subfolder, pickles, dtype, **kwargs)
 
-        scheduler_config = DDIMScheduler.load_config(music_model, subfolder="scheduler", **hub_kwargs)
+        scheduler_config = DDIMScheduler.load_config(music.fetch("scheduler"))
         components = {
-            "vae": load(AutoencoderKL, music_model, "vae"),
-            "text_encoder": load(ClapTextModelWithProjection, music_model, "text_encoder"),
-            "tokenizer": load(RobertaTokenizer, music_model, "tokenizer"),
-            "unet": load(UNet2DConditionModel, music_model, "unet"),
-            "scheduler": load(getattr(diffusers, scheduler_config["_class_name"]), music_model, "scheduler"),
-            "vocoder": load(SpeechT5HifiGan, music_model, "vocoder"),
-            "image_vae": load(AutoencoderKL, image_model, "vae"),
-            "image_text_encoder": load(CLIPTextModel, image_model, "text_encoder"),
-            "image_tokenizer": load(CLIPTokenizer, image_model, "tokenizer"),
-            "image_unet": load(UNet2DConditionModel, image_model, "unet"),
-            "image_scheduler": load(DDIMScheduler, image_model, "scheduler"),
+            "vae": load(AutoencoderKL, music, "vae"),
+            "text_encoder": load(ClapTextModelWithProjection, music, "text_encoder"),
+            "tokenizer": load(RobertaTokenizer, music, "tokenizer"),
+            "unet": load(UNet2DConditionModel, music, "unet"),
+            "scheduler": load(getattr(diffusers, scheduler_config["_class_name"]), music, "scheduler"),
+            "vocoder": load(SpeechT5HifiGan, music, "vocoder"),
+            "image_vae": load(AutoencoderKL, image, "vae"),
+            "image_text_encoder": load(CLIPTextModel, image, "text_encoder"),
+            "image_tokenizer": load(CLIPTokenizer, image, "tokenizer"),
+            "image_unet": load(UNet2DConditionModel, image, "unet"),
+            "image_scheduler": load(DDIMScheduler, image, "scheduler"),
         }
         _check_unets(components["image_unet"], components["unet"])
         synapse_class = importlib.import_module(f"{__package__}.modeling_melfusion").VisualSynapse
         if synapse is None:
             synapse = synapse_class.from_unets(components["image_unet"], components["unet"]).to(dtype).eval()
         elif not isinstance(synapse, ModelMixin):
-            synapse = _load_synapse(synapse_class, synapse, torch_dtype=dtype, **kwargs)
+            source = _Source("synapse", synapse, variant, revision, **hub)
+            folder = _follow_index(source, cls.config_name)
+            whole = f"{folder}/synapse"
+            synapse = load(synapse_class, source, whole if source.names(whole) else folder)
+        _warn_of_pickles(pickles)
         synapse.check_unets(components["image_unet"], components["unet"])
         return cls(**components, synapse=synapse)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline:
-        """Loads a checkpoint, as `DiffusionPipeline.from_pretrained`, from safetensors only.
+        """Loads a checkpoint, as `DiffusionPipeline.from_pretrained`.
 
-        A folder whose index names another folder inside it as the checkpoint is followed there: so the root of this
-        project's repository loads its bundled checkpoint.
+        Weights are read as `from_base_models` reads them. A folder or repository whose index names another folder
+        inside it as the checkpoint is followed there: so the root of this project's repository loads its bundled
+        checkpoint.
 
         Args:
             pretrained_model_name_or_path: Hub id or folder.
@@ -127,18 +152,26 @@ class CheckpointMixin:
             ValueError: If files are no JSON, or hold something else than the index says, or not all of the weights, or
                 the folder named by the index lies outside. Either names the file or the folder.
         """
-        kwargs.setdefault("use_safetensors", True)
-        source = _follow_index(pretrained_model_name_or_path, cls.config_name)
-        index = Path(source, cls.config_name)
-        if index.is_file():
-            _check_checkpoint(index, inspect.signature(cls).parameters.keys() - kwargs.keys())
-        with _named_errors(source):
-            pipe = super().from_pretrained(source, **kwargs)
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        variant, use_safetensors = kwargs.get("variant"), kwargs.pop("use_safetensors", None)
+        source = _Source("pretrained_model_name_or_path", pretrained_model_name_or_path, variant, **hub)
+        subfolder = _follow_index(source, cls.config_name)
+        folder = source.fetch(subfolder)
+        names = inspect.signature(cls).parameters.keys() - kwargs.keys()
+        weights = {}
+        for name, class_name in _read_index(folder / cls.config_name, names).items():
+            weights[name] = source.weights(f"{subfolder}/{name}", use_safetensors)
+            _check_component_files(source.fetch(f"{subfolder}/{name}", weights[name]), class_name)
+        pickles = [f"{folder / name / file}" for name, files in weights.items() for file in files if _is_pickle(file)]
+        with _named_errors(source.name):
+            pipe = super().from_pretrained(folder, use_safetensors=use_safetensors if pickles else True, **kwargs)
             check_components(pipe)
             if pipe.synapse is not None:
                 pipe.synapse.check_unets(pipe.image_unet, pipe.unet)
-        for name in pipe.components.keys() - kwargs.keys():
-            _check_weights(getattr(pipe, name), Path(source, name))
+        _warn_of_pickles(pickles)
+        for name, files in weights.items():
+            _check_weights(getattr(pipe, name), folder / name, files, variant)
+        pipe.register_to_config(_name_or_path=source.name)
         return pipe
 
     @classmethod
@@ -152,9 +185,9 @@ class CheckpointMixin:
         Returns:
             The other pipeline.
         """
-        # diffusers hands over models of the annotated class only, and this file must not import the synapse's.
-        kwargs.setdefault("synapse", getattr(pipeline, "synapse", None))
-        return super().from_pipe(pipeline, **kwargs)
+        # diffusers hands over models of the annotated class only, and this file must not import those of the package.
+        own = {name: getattr(pipeline, name) for name in _own_components(pipeline.config)}
+        return super().from_pipe(pipeline, **{"synapse": None, **own, **kwargs})
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Saves the pipeline with the code that loads it, as `DiffusionPipeline.save_pretrained`.
@@ -167,13 +200,22 @@ class CheckpointMixin:
             **kwargs: As `DiffusionPipeline.save_pretrained` takes them, such as `variant`.
 
         Raises:
-            ValueError: If `save_directory` is a file.
+            ValueError: If `save_directory` is a file, or a model has an adapter (LoRA) installed: its weights would be
+                saved under names that no model without the adapter has.
         """
         if not kwargs.pop("safe_serialization", True):
             logger.warning("`safe_serialization=False` is ignored: this pipeline saves safetensors only.")
         target = Path(save_directory)
         if target.is_file():
             raise ValueError(f"`save_directory` must be a folder, got the file {target}.")
+        for name, component in self.components.items():
+            # Every layer that PEFT wraps keeps the original under this name.
+            if isinstance(component, torch.nn.Module) and any(hasattr(m, "base_layer") for m in component.modules()):
+                raise ValueError(
+                    f"`{name}` has an adapter (LoRA) installed, and what is saved must be the pipeline alone. Call"
+                    f" `pipe.{name}.fuse_lora()` to keep what the adapter does, then `pipe.{name}.unload_lora()`;"
+                    f" `pipe.{name}.save_lora_adapter(folder)` before saves the adapter itself."
+                )
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", target.name)
         target.mkdir(parents=True, exist_ok=True)
@@ -196,19 +238,19 @@ class CheckpointMixin:
         pipeline_file = Path(__file__).with_name("pipeline_melfusion.py")
         for file in (pipeline_file, *get_relative_import_files(pipeline_file)):
             shutil.copyfile(file, Path(save_directory, Path(file).name))
-        if self.synapse is not None:
-            module = sys.modules[type(self.synapse).__module__]
-            folder = Path(save_directory, "synapse")
+        for name, (module, _) in _own_components(self.config).items():
+            folder = Path(save_directory, name)
             folder.mkdir(exist_ok=True)
-            shutil.copyfile(module.__file__, folder / "modeling_melfusion.py")
+            file = Path(sys.modules[module].__file__)
+            shutil.copyfile(file, folder / file.name)
         super().save_config(save_directory, **kwargs)
 
     def to_json_string(self) -> str:
-        """The index as the Hub needs it: pipeline and synapse under their file names, not this package's."""
+        """The index as the Hub needs it: pipeline and own components under their file names, not this package's."""
         config = json.loads(super().to_json_string())
         config["_class_name"] = ["pipeline_melfusion", "MelFusionPipeline"]
-        if self.synapse is not None:
-            config["synapse"] = ["modeling_melfusion", "VisualSynapse"]
+        for name, (module, class_name) in _own_components(config).items():
+            config[name] = [module.rpartition(".")[2], class_name]
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -221,35 +263,125 @@ class CheckpointMixin:
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Reads the index, as `ConfigMixin.load_config`; the synapse's class is the installed one, not the file's."""
+        """Reads the index, as `ConfigMixin.load_config`; own components' classes are the installed ones."""
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        installed = f"{__package__}.modeling_melfusion"
-        if (config.get("synapse") or [None])[0] == "modeling_melfusion" and installed in sys.modules:
-            config["synapse"] = [installed, "VisualSynapse"]
+        for name, (module, class_name) in _own_components(config).items():
+            installed = f"{__package__}.{module}"
+            if installed in sys.modules:
+                config[name] = [installed, class_name]
         return loaded
 
 
-def _follow_index(folder: str | os.PathLike, index_name: str) -> str | os.PathLike:
-    if not isinstance(folder, (str, os.PathLike)):
-        raise TypeError(f"`pretrained_model_name_or_path` must be a str or a path, got {folder!r}.")
-    index = Path(folder, index_name)
-    checkpoint = _read_json(index).get(CHECKPOINT_KEY) if index.is_file() else None
+def _own_components(config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The components whose classes are this package's or a checkpoint's copy of them: module and class by name."""
+    return {
+        name: tuple(entry)
+        for name, entry in config.items()
+        if not name.startswith("_") and isinstance(entry, (list, tuple)) and str(entry[0]).endswith("_melfusion")
+    }
+
+
+class _Source:
+    """A checkpoint, in a folder or on the Hub: what it holds, and the way to get what is needed of it.
+
+    Args:
+        argument: The name of the argument that says where it is.
+        name: The folder or the Hub id.
+        variant: Of the weights.
+        revision: On the Hub.
+        **hub: The other `HUB_ARGUMENTS`.
+
+    Raises:
+        TypeError: If `name` is neither str nor path.
+        OSError: If there is neither such a folder nor such a repository.
+    """
+
+    def __init__(
+        self,
+        argument: str,
+        name: str | os.PathLike,
+        variant: str | None = None,
+        revision: str | None = None,
+        **hub: Any,
+    ) -> None:
+        if not isinstance(name, (str, os.PathLike)):
+            raise TypeError(f"`{argument}` must be a str or a path, got {name!r}.")
+        self.name, self.variant, self.folder = os.fspath(name), variant, Path(name)
+        self.paths, self.hub = None, {"revision": revision, **hub}
+        if os.path.isdir(name):
+            return
+        try:
+            self.folder = Path(snapshot_download(self.name, allow_patterns=[], **self.hub))
+        except (OSError, ValueError) as error:
+            raise OSError(f"`{argument}`: {self.name!r} is no folder, and the Hub says: {error}") from error
+        # From here on the same commit, whatever is pushed meanwhile.
+        self.hub["revision"] = self.folder.name
+        self.paths = self._list_repository()
+
+    def _list_repository(self) -> list[str]:
+        cached = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
+        if self.hub.get("local_files_only"):
+            return cached
+        try:
+            return HfApi().list_repo_files(self.name, revision=self.folder.name, token=self.hub.get("token"))
+        except Exception:
+            # Offline; which class of error that is differs between the client's versions.
+            return cached
+
+    def names(self, subfolder: str) -> list[str]:
+        """The names of the files that lie in a folder of the checkpoint."""
+        if self.paths is None:
+            return sorted(path.name for path in (self.folder / subfolder).glob("*") if path.is_file())
+        paths = map(PurePosixPath, self.paths)
+        return sorted(path.name for path in paths if path.parent == PurePosixPath(subfolder))
+
+    def weights(self, subfolder: str, use_safetensors: bool | None = None) -> list[str]:
+        """The names of the files of weights to read: safetensors before pickles, the variant before plain files."""
+        suffixes = {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[use_safetensors]
+        for suffix in suffixes:
+            for variant in dict.fromkeys((self.variant, None)):
+                infix = f".{re.escape(variant)}" if variant else ""
+                pattern = rf"((diffusion_)?pytorch_)?model{infix}(-\d+-of-\d+)?\.{suffix}"
+                found = [name for name in self.names(subfolder) if re.fullmatch(pattern, name)]
+                if found:
+                    return found
+        return []
+
+    def has_variant(self, subfolder: str) -> bool:
+        return any(f".{self.variant}" in name for name in self.names(subfolder))
+
+    def fetch(self, subfolder: str, weights: Iterable[str] = ()) -> Path:
+        """Gets the text files of one folder, and `weights`, and returns where the folder lies."""
+        if self.paths is not None:
+            wanted = [name for name in self.names(subfolder) if name.endswith(TEXT_SUFFIXES)] + list(weights)
+            patterns = [PurePosixPath(subfolder, name).as_posix() for name in wanted]
+            snapshot_download(self.name, allow_patterns=patterns, **self.hub)
+        return self.folder / subfolder
+
+
+def _follow_index(source: _Source, index_name: str) -> str:
+    """The folder of the checkpoint inside `source`: where the index says, or the root."""
+    if index_name not in source.names("."):
+        return "."
+    index = source.fetch(".") / index_name
+    checkpoint = _read_json(index).get(CHECKPOINT_KEY)
     if checkpoint is None:
-        return folder
+        return "."
     if not isinstance(checkpoint, str) or "\0" in checkpoint:
         raise ValueError(f"{index}: `{CHECKPOINT_KEY}` must be the path of a folder, got {checkpoint!r:.80}.")
-    root = Path(folder).resolve()
+    root = source.folder.resolve()
     target = (root / checkpoint).resolve()
     if not target.is_relative_to(root):
         raise ValueError(f"{index} names the checkpoint {checkpoint!r}, which lies outside of its folder.")
-    if not (target / index_name).is_file():
+    subfolder = target.relative_to(root).as_posix()
+    if index_name not in source.names(subfolder):
         raise FileNotFoundError(
             f"The bundled checkpoint is not there yet: {index} names {checkpoint!r}, which holds no {index_name}."
             " Compose a pipeline with `MelFusionPipeline.from_base_models(image_model, music_model)`, or load another"
             " checkpoint."
         )
-    return target
+    return subfolder
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -262,14 +394,16 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _check_checkpoint(index: Path, names: Iterable[str]) -> None:
-    """Refuses a folder whose files are missing, damaged or swapped: much of it would load, or fail without a name.
+def _read_index(index: Path, names: Iterable[str]) -> dict[str, str]:
+    """The classes of those components of `names` that a checkpoint has.
 
     Args:
         index: `model_index.json` in the folder.
         names: The components that are to be loaded.
     """
-    entries = _read_json(index)
+    if not index.is_file():
+        raise FileNotFoundError(f"{index} is missing: this is no checkpoint of a pipeline.")
+    entries, classes = _read_json(index), {}
     if "_class_name" not in entries:
         raise ValueError(f"{index} is damaged or another file: it holds no _class_name.")
     for name, entry in entries.items():
@@ -277,10 +411,12 @@ def _check_checkpoint(index: Path, names: Iterable[str]) -> None:
             continue
         if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
             raise ValueError(f"{index}: `{name}` must be a pair of library and class, got {entry!r:.80}.")
-        _check_component_files(index.with_name(name), entry[1])
+        classes[name] = entry[1]
+    return classes
 
 
 def _check_component_files(folder: Path, class_name: str) -> None:
+    """Refuses files that are missing, damaged or swapped: much of it would load, or fail without a name."""
     kind = next((kind for kind in ("scheduler_", "tokenizer_") if kind[:-1] in class_name.lower()), "")
     config = folder / f"{kind}config.json"
     contents = {file.name: _read_json(file) for file in sorted(folder.glob("*.json"))}
@@ -303,6 +439,8 @@ def _check_component_files(folder: Path, class_name: str) -> None:
 
 
 def _weight_names(file: Path) -> set[str]:
+    if _is_pickle(file):
+        return set(torch.load(file, map_location="meta", weights_only=True))
     try:
         with safe_open(file, framework="pt") as weights:
             return set(weights.keys())
@@ -310,16 +448,70 @@ def _weight_names(file: Path) -> set[str]:
         raise OSError(f"{file} is no complete safetensors file: {error}. Get it again.") from error
 
 
-def _check_weights(component: Any, folder: Path) -> None:
+def _is_pickle(file: str | os.PathLike) -> bool:
+    return os.fspath(file).endswith(".bin")
+
+
+def _warn_of_pickles(files: list[str]) -> None:
+    if files:
+        logger.warning(
+            f"There are no safetensors of these weights, so torch's restricted unpickler read {', '.join(files)}."
+            " `save_pretrained` writes safetensors."
+        )
+
+
+def _load_component(
+    component_class: type,
+    source: _Source,
+    subfolder: str,
+    pickles: list[str],
+    dtype: torch.dtype | None,
+    use_safetensors: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Loads one component with all of its weights; what it reads of pickles is added to `pickles`."""
+    label = os.path.join(source.name, subfolder)
+    if not source.names(subfolder):
+        raise FileNotFoundError(f"{label} is missing, or holds no files.")
+    if not issubclass(component_class, torch.nn.Module):
+        with _named_errors(label):
+            return component_class.from_pretrained(source.fetch(subfolder))
+    weights = source.weights(subfolder, use_safetensors)
+    if not weights:
+        kinds = {None: "neither safetensors nor .bin", True: "no safetensors", False: "no .bin"}[use_safetensors]
+        raise FileNotFoundError(f"{label} holds {kinds} files of weights, but {', '.join(source.names(subfolder))}.")
+    files = [os.path.join(label, name) for name in weights if _is_pickle(name)]
+    pickles += files
+    kwargs |= _loading_arguments(weights, source.variant)
+    kwargs["torch_dtype" if issubclass(component_class, ModelMixin) else "dtype"] = dtype
+    with _named_errors(files[0] if files else label):
+        folder = source.fetch(subfolder, weights)
+        component, info = component_class.from_pretrained(folder, output_loading_info=True, **kwargs)
+    _refuse_missing(label, component_class, info["missing_keys"])
+    return component
+
+
+def _loading_arguments(weights: list[str], variant: str | None) -> dict[str, Any]:
+    is_variant = variant is not None and f".{variant}" in weights[0]
+    return {"use_safetensors": not _is_pickle(weights[0]), "variant": variant if is_variant else None}
+
+
+def _check_weights(component: Any, folder: Path, weights: list[str], variant: str | None) -> None:
     """Refuses a component that its files hold in part only: the libraries leave the rest at random with a warning."""
     if not isinstance(component, torch.nn.Module) or getattr(component, "hf_quantizer", None) is not None:
         return
-    stored = set().union(*map(_weight_names, folder.glob("*.safetensors")))
-    missing = component.state_dict().keys() - stored
-    # Older files have other names for some weights, which the libraries know: those are not missing.
-    if stored and len(missing) > len(stored - component.state_dict().keys()):
+    stored = set().union(*(_weight_names(folder / name) for name in weights))
+    if weights and component.state_dict().keys() - stored:
+        # Older files have other names for some weights: which of them count only the library knows, so ask it.
+        arguments = _loading_arguments(weights, variant)
+        _, info = type(component).from_pretrained(folder, output_loading_info=True, **arguments)
+        _refuse_missing(folder, type(component), info["missing_keys"])
+
+
+def _refuse_missing(label: str | os.PathLike, component_class: type, missing: Iterable[str]) -> None:
+    if missing:
         names = ", ".join(sorted(missing)[:3])
-        raise ValueError(f"{folder} holds too few weights for a {type(component).__name__}: no {names}, ...")
+        raise ValueError(f"{label} lacks {len(missing)} weights of a {component_class.__name__}: {names}, ...")
 
 
 @contextmanager
@@ -327,20 +519,13 @@ def _named_errors(source: str | os.PathLike) -> Iterator[None]:
     """Gives an error that does not say what could not be loaded a name."""
     try:
         yield
-    except (OSError, ImportError):
+    except (OSError, ImportError, MemoryError):
         raise
     except Exception as error:
-        if os.fspath(source) in str(error):
+        # torch has no class of its own for a lack of memory on the CPU.
+        if os.fspath(source) in str(error) or (isinstance(error, RuntimeError) and "memory" in str(error)):
             raise
         raise ValueError(f"{os.fspath(source)} cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def _load_synapse(synapse_class: type, synapse: str | os.PathLike, **kwargs: Any) -> ModelMixin:
-    """Loads a synapse from its own folder or repository, or from a whole pipeline's."""
-    try:
-        return synapse_class.from_pretrained(synapse, subfolder="synapse", **kwargs)
-    except OSError:
-        return synapse_class.from_pretrained(synapse, **kwargs)
 
 
 def _check_unets(image_unet: ModelMixin, unet: ModelMixin) -> None:

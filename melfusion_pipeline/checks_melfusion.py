@@ -157,6 +157,7 @@ def check_image_inputs(
     num_inversion_steps: int,
     feature_source: str,
 ) -> None:
+    check_present(pipe, ("image_vae", "image_unet", "image_scheduler", "synapse"), "A picture")
     pipe.synapse.check_unets(pipe.image_unet, pipe.unet)
     check_integer("num_inversion_steps", num_inversion_steps, 1, pipe.image_scheduler.config.num_train_timesteps)
     check_choice("feature_source", feature_source, FEATURE_SOURCES)
@@ -177,12 +178,22 @@ def check_image_inputs(
 def check_image_features(pipe: Any, image_features: ImageFeatures) -> int:
     if not isinstance(image_features, ImageFeatures):
         raise TypeError(f"`image_features` must be what `encode_image` returns, got {type(image_features).__name__}.")
+    check_present(pipe, ("synapse",), "`image_features`")
     pipe.synapse.check_unets(None, pipe.unet)
     pipe.synapse.check_image_features(image_features.keys)
     tensors = (*image_features.keys.values(), *image_features.values.values())
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise ValueError("`image_features` holds NaN or infinite values.")
     return image_features.num_images
+
+
+def check_present(pipe: Any, names: tuple[str, ...], needed_by: str) -> None:
+    missing = [name for name in names if getattr(pipe, name) is None]
+    if missing:
+        raise ValueError(
+            f"{needed_by} cannot be used: this pipeline was made or loaded without {', '.join(missing)}. Load it with"
+            " them, or pass `prompt` alone."
+        )
 
 
 def check_components(pipe: Any) -> None:

@@ -72,7 +72,8 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         unet: The text-to-music UNet, conditioned on CLAP embeddings by `class_labels` (AudioLDM, MusicLDM).
         scheduler: Any diffusers scheduler for the music latents.
         vocoder: Log-mel spectrogram to waveform.
-        image_vae: Of pictures, as in Stable Diffusion.
+        image_vae: Of pictures, as in Stable Diffusion. This and all that follow may be None: text-to-music needs none
+            of them, and for `image_features` the synapse is enough.
         image_text_encoder: Of the picture's prompt. If None, the picture's UNet is conditioned on zeros.
         image_tokenizer: Of `image_text_encoder`.
         image_unet: The text-to-image UNet, `epsilon` or `v_prediction`.
@@ -87,6 +88,15 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
     """
 
     model_cpu_offload_seq = "text_encoder->image_text_encoder->image_vae->image_unet->synapse->unet->vae->vocoder"
+    # Text-to-music needs none of these; with recorded features the synapse is enough.
+    _optional_components = [
+        "image_vae",
+        "image_text_encoder",
+        "image_tokenizer",
+        "image_unet",
+        "image_scheduler",
+        "synapse",
+    ]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
     # Of the class: copies, pickles and pipelines that share components all find the same one.
     _lock = threading.RLock()
@@ -98,13 +108,13 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         tokenizer: RobertaTokenizer,
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
-        vocoder: SpeechT5HifiGan,
-        image_vae: AutoencoderKL,
-        image_text_encoder: CLIPTextModel,
-        image_tokenizer: CLIPTokenizer,
-        image_unet: UNet2DConditionModel,
-        image_scheduler: SchedulerMixin,
-        synapse: ModelMixin,
+        vocoder: SpeechT5HifiGan | ModelMixin,
+        image_vae: AutoencoderKL | None,
+        image_text_encoder: CLIPTextModel | None,
+        image_tokenizer: CLIPTokenizer | None,
+        image_unet: UNet2DConditionModel | None,
+        image_scheduler: SchedulerMixin | None,
+        synapse: ModelMixin | None,
         default_num_inference_steps: int = 50,
         default_guidance_scale: float = 3.0,
         default_image_guidance_scale: float | None = None,
@@ -269,7 +279,8 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
     @property
     def default_num_inversion_steps(self) -> int:
         """The inversion steps of a call that names none: the checkpoint's, else those of the synapse's training."""
-        return self.config.default_num_inversion_steps or self.synapse.config.num_inversion_steps or 10
+        trained = self.synapse.config.num_inversion_steps if self.synapse else None
+        return self.config.default_num_inversion_steps or trained or 10
 
     @property
     def default_image_size(self) -> int:

@@ -1,0 +1,1 @@
+../../melfusion_pipeline/attention_melfusion.py

@@ -1,0 +1,1 @@
+../../melfusion_pipeline/checkpoint_melfusion.py

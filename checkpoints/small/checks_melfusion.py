@@ -1,0 +1,1 @@
+../../melfusion_pipeline/checks_melfusion.py

@@ -1,0 +1,1 @@
+../../melfusion_pipeline/features_melfusion.py

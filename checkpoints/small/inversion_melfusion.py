@@ -1,0 +1,1 @@
+../../melfusion_pipeline/inversion_melfusion.py

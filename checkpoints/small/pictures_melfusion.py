@@ -1,0 +1,1 @@
+../../melfusion_pipeline/pictures_melfusion.py

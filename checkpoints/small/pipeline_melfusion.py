@@ -1,0 +1,1 @@
+../../melfusion_pipeline/pipeline_melfusion.py

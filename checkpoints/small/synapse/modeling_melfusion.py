@@ -1,0 +1,1 @@
+../../../melfusion_pipeline/modeling_melfusion.py
