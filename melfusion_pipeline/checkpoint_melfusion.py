@@ -312,7 +312,8 @@ class _Source:
         if os.path.isdir(name):
             return
         try:
-            self.folder = Path(snapshot_download(self.name, allow_patterns=[], **self.hub))
+            first = ["model_index.json", "config.json"]
+            self.folder = Path(snapshot_download(self.name, allow_patterns=first, **self.hub))
         except (OSError, ValueError) as error:
             raise OSError(f"`{argument}`: {self.name!r} is no folder, and the Hub says: {error}") from error
         # From here on the same commit, whatever is pushed meanwhile.

@@ -24,6 +24,7 @@ from diffusers import DDIMScheduler, PNDMScheduler
 from extractor_checkpoints import save_ast, save_clap, save_clip
 from full_size import build_components
 from hub_standin import HubStandIn
+from safetensors.torch import load_file
 from transformers import CLIPImageProcessor
 from untrained import autoencoder, music_components, music_unet, picture_components, picture_unet, untrained_components
 
@@ -120,7 +121,13 @@ def audioldm(folder: Path) -> Path:
     size = {"in_channels": 8, "out_channels": 8, "sample_size": 128}
     components = music_components(mel_bands=64)
     components["vae"] = autoencoder(in_channels=1, out_channels=1, latent_channels=8, scaling_factor=0.9)
-    return save(folder, components | {"unet": music_unet(**size)})
+    save(folder, components | {"unet": music_unet(**size)})
+    # As the public AudioLDM repositories are reported to be.
+    for name in ("unet", "vae"):
+        (file,) = (folder / name).glob("*.safetensors")
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
+    return folder
 
 
 CHECKPOINTS = {
