@@ -97,9 +97,9 @@ class CheckpointMixin:
         image = _Source("image_model", image_model, image_variant or variant, image_revision or revision, **hub)
         music = _Source("music_model", music_model, music_variant or variant, music_revision or revision, **hub)
         for wanted, sources in ((variant, [image, music]), (image_variant, [image]), (music_variant, [music])):
-            if wanted and not any(source.has_variant("unet") for source in sources):
+            if wanted and not any(source.has_variant() for source in sources):
                 names = " or ".join(source.name for source in sources)
-                raise ValueError(f"There are no weights of `variant={wanted}` in the UNet's folder of {names}.")
+                raise ValueError(f"There are no weights of `variant={wanted}` in {names}.")
         pickles = []
 
         def load(component_class: type, source: _Source, subfolder: str) -> Any:
@@ -158,9 +158,11 @@ class CheckpointMixin:
         subfolder = _follow_index(source, cls.config_name)
         folder = source.fetch(subfolder)
         names = inspect.signature(cls).parameters.keys() - kwargs.keys()
-        weights = {}
-        for name, class_name in _read_index(folder / cls.config_name, names).items():
-            weights[name] = source.weights(f"{subfolder}/{name}", use_safetensors)
+        classes = _read_index(folder / cls.config_name, names)
+        weights = {name: source.weights(f"{subfolder}/{name}", use_safetensors) for name in classes}
+        if variant and not any(_is_of_variant(file, variant) for files in weights.values() for file in files):
+            raise ValueError(f"{source.name} holds no weights of `variant={variant}`.")
+        for name, class_name in classes.items():
             _check_component_files(source.fetch(f"{subfolder}/{name}", weights[name]), class_name)
         pickles = [f"{folder / name / file}" for name, files in weights.items() for file in files if _is_pickle(file)]
         with _named_errors(source.name):
@@ -278,7 +280,10 @@ def _own_components(config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     return {
         name: tuple(entry)
         for name, entry in config.items()
-        if not name.startswith("_") and isinstance(entry, (list, tuple)) and str(entry[0]).endswith("_melfusion")
+        if not name.startswith("_")
+        and isinstance(entry, (list, tuple))
+        and len(entry) == 2
+        and str(entry[0]).endswith("_melfusion")
     }
 
 
@@ -349,8 +354,10 @@ class _Source:
                     return found
         return []
 
-    def has_variant(self, subfolder: str) -> bool:
-        return any(f".{self.variant}" in name for name in self.names(subfolder))
+    def has_variant(self) -> bool:
+        """Whether a base model holds weights of the variant."""
+        folders = ("unet", "vae", "text_encoder", "vocoder")
+        return any(_is_of_variant(name, self.variant) for folder in folders for name in self.weights(folder))
 
     def fetch(self, subfolder: str, weights: Iterable[str] = ()) -> Path:
         """Gets the text files of one folder, and `weights`, and returns where the folder lies."""
@@ -453,6 +460,10 @@ def _is_pickle(file: str | os.PathLike) -> bool:
     return os.fspath(file).endswith(".bin")
 
 
+def _is_of_variant(file: str, variant: str | None) -> bool:
+    return variant is not None and f".{variant}" in file
+
+
 def _warn_of_pickles(files: list[str]) -> None:
     if files:
         logger.warning(
@@ -493,8 +504,8 @@ def _load_component(
 
 
 def _loading_arguments(weights: list[str], variant: str | None) -> dict[str, Any]:
-    is_variant = variant is not None and f".{variant}" in weights[0]
-    return {"use_safetensors": not _is_pickle(weights[0]), "variant": variant if is_variant else None}
+    variant = variant if _is_of_variant(weights[0], variant) else None
+    return {"use_safetensors": not _is_pickle(weights[0]), "variant": variant}
 
 
 def _check_weights(component: Any, folder: Path, weights: list[str], variant: str | None) -> None:
