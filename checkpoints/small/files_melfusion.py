@@ -1,0 +1,1 @@
+../../melfusion_pipeline/files_melfusion.py
