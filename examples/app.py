@@ -8,7 +8,6 @@ Then open http://localhost:7860. From other machines (`--host 0.0.0.0`) browsers
 import argparse
 import hashlib
 import html
-import math
 import re
 import tempfile
 from collections import OrderedDict
@@ -69,6 +68,7 @@ class FeatureCache:
         return self.features[key]
 
 
+@torch.no_grad()
 def make_music(
     pipe: MelFusionPipeline,
     cache: FeatureCache,
@@ -116,9 +116,7 @@ def make_music(
         output_type="mel",
         callback_on_step_end=report,
     ).audios
-    waveforms = pipe.mel_spectrogram_to_waveform(mel_spectrograms)
-    # The vocoder's first convolution adds a few samples beyond the last frame.
-    return mel_spectrograms.float().cpu(), waveforms[:, : round(audio_length_in_s * pipe.vocoder.config.sampling_rate)]
+    return mel_spectrograms, pipe.mel_spectrogram_to_waveform(mel_spectrograms, audio_length_in_s)
 
 
 def write_variation(
@@ -205,7 +203,7 @@ def responder(pipe: MelFusionPipeline, cache: FeatureCache) -> Callable[..., Ite
         with tempfile.TemporaryDirectory() as folder:
             outputs = []
             for single in zip(seeds, mel_spectrograms, waveforms):
-                wav, drawing = write_variation(folder, prompt, *single, pipe.vocoder.config.sampling_rate)
+                wav, drawing = write_variation(folder, prompt, *single, pipe.sampling_rate)
                 label = f"Variation with seed {single[0]}"
                 shown = [gr.update(value=path, visible=True) for path in (wav, drawing)]
                 outputs += [gr.update(visible=True), gr.update(value=wav, label=label), *shown]
@@ -220,8 +218,7 @@ def settings_inputs(pipe: MelFusionPipeline) -> list[gr.Slider]:
     guidance = {"label": "Guidance", "info": "How closely the music follows the sentence."}
     image_guidance = {"label": "Picture guidance", "info": "How closely it follows the picture; 1: unguided."}
     steps = pipe.config.default_num_inference_steps
-    shortest = pipe.vae_scale_factor * math.prod(pipe.vocoder.config.upsample_rates)
-    default = pipe.unet.config.sample_size * shortest / pipe.vocoder.config.sampling_rate
+    default = pipe.default_audio_length_in_s
     return [
         gr.Slider(1.0, max(2 * default, 10.24), round(default, 2), step=0.01, label="Length (s)"),
         gr.Slider(1, max(2 * steps, 50), steps, step=1, label="Steps", info="More are slower and finer."),

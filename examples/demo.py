@@ -38,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@torch.no_grad()
 def generate(pipe: MelFusionPipeline, features, prompt: str, arguments: argparse.Namespace) -> tuple:
     """Returns the log-mel spectrogram `[frames, 64]` and the waveform `[T]`."""
     mel_spectrogram = pipe(
@@ -47,7 +48,7 @@ def generate(pipe: MelFusionPipeline, features, prompt: str, arguments: argparse
         generator=torch.Generator().manual_seed(arguments.seed),
         output_type="mel",
     ).audios
-    return mel_spectrogram[0].float().cpu(), pipe.mel_spectrogram_to_waveform(mel_spectrogram)[0].numpy()
+    return mel_spectrogram[0], pipe.mel_spectrogram_to_waveform(mel_spectrogram)[0].numpy()
 
 
 def measure(waveform: np.ndarray, sampling_rate: int) -> dict[str, float]:
@@ -113,7 +114,7 @@ def main() -> None:
     pipe.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     rule = MoodRule.load(EXAMPLES / "small_checkpoint" / "mood.json")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    sampling_rate = pipe.vocoder.config.sampling_rate
+    sampling_rate = pipe.sampling_rate
     pictures, mels, rows = {}, {}, []
     for name in PICTURES:
         image = PIL.Image.open(EXAMPLES / "images" / f"{name}.jpg")

@@ -26,7 +26,6 @@ from evaluate_systems import (
     ImageCaptioner,
     check_clips,
     claim_folder,
-    default_length,
     digest_components,
     find_clips,
     make_clips,
@@ -139,7 +138,7 @@ def read_options(arguments: argparse.Namespace, pipe: MelFusionPipeline | None) 
     """The seed, and what the pipeline is called with."""
     if pipe is None and arguments.audio_length_in_s is None:
         raise ValueError("Without `--checkpoint`, `--audio_length_in_s` is needed: how much of each clip is scored.")
-    call = {"audio_length_in_s": arguments.audio_length_in_s or default_length(pipe)}
+    call = {"audio_length_in_s": arguments.audio_length_in_s or pipe.default_audio_length_in_s}
     if pipe is not None:
         call |= {"feature_source": arguments.feature_source, "synapse_scale": arguments.synapse_scale}
         # Written out, so that the results say what they were made with.

@@ -7,7 +7,6 @@ processes they are made. All systems start from the same noise.
 import argparse
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -139,18 +138,11 @@ def read_picture(path: str | os.PathLike, side: int = 512) -> Image.Image:
     return picture
 
 
-def default_length(pipe: MelFusionPipeline) -> float:
-    """The length in seconds for which the checkpoint was made."""
-    seconds_per_frame = math.prod(pipe.vocoder.config.upsample_rates) / pipe.vocoder.config.sampling_rate
-    return pipe.unet.config.sample_size * pipe.vae_scale_factor * seconds_per_frame
-
-
 def reconstruct(pipe: MelFusionPipeline, row: dict, seconds: float) -> torch.Tensor:
     """The row's real clip through autoencoder and vocoder, which no system of this pipeline can surpass."""
     waveform = read_clip(row["audio"], seconds, row["start"] or 0.0)
     latents = waveform_to_latents(waveform, SAMPLING_RATE, pipe.vae, seconds)
-    waveform = pipe.mel_spectrogram_to_waveform(pipe.decode_latents(latents))[0]
-    return waveform[: round(seconds * pipe.vocoder.config.sampling_rate)]
+    return pipe.mel_spectrogram_to_waveform(pipe.decode_latents(latents), seconds)[0]
 
 
 def make_clip(
@@ -187,7 +179,7 @@ def make_clips(
                 continue
             try:
                 waveform = make_clip(pipe, system, row, captioner, options)
-                save_audio(path, waveform, pipe.vocoder.config.sampling_rate)
+                save_audio(path, waveform, pipe.sampling_rate)
             except ValueError as error:
                 raise ValueError(f"The system {system} failed at row {row['row']}: {error}") from error
 

@@ -4,7 +4,6 @@ python examples/generate.py --image examples/images/lightning.jpg --prompt "a wa
 """
 
 import argparse
-import math
 from pathlib import Path
 
 import PIL.Image
@@ -32,6 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@torch.no_grad()
 def main() -> None:
     arguments = parse_arguments()
     pipe = MelFusionPipeline.from_pretrained(arguments.checkpoint)
@@ -47,16 +47,14 @@ def main() -> None:
         generator=torch.Generator().manual_seed(arguments.seed),
         output_type="mel",
     ).audios
-    # The vocoder's first convolution adds a few samples beyond the last frame.
-    num_samples = mel_spectrogram.shape[1] * math.prod(pipe.vocoder.config.upsample_rates)
-    waveform = pipe.mel_spectrogram_to_waveform(mel_spectrogram)[0, :num_samples]
+    waveform = pipe.mel_spectrogram_to_waveform(mel_spectrogram)[0]
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     wav = arguments.output / f"{arguments.image.stem}.wav"
-    save_audio(wav, waveform, pipe.vocoder.config.sampling_rate)
+    save_audio(wav, waveform, pipe.sampling_rate)
     title = f"{arguments.image.stem}: {arguments.prompt}"
-    plot_mel_spectrogram(mel_spectrogram[0].float(), title=title).savefig(wav.with_suffix(".png"))
-    print(f"wrote {wav} ({len(waveform) / pipe.vocoder.config.sampling_rate:.2f} s) and {wav.with_suffix('.png')}")
+    plot_mel_spectrogram(mel_spectrogram[0], title=title).savefig(wav.with_suffix(".png"))
+    print(f"wrote {wav} ({len(waveform) / pipe.sampling_rate:.2f} s) and {wav.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

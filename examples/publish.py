@@ -57,7 +57,7 @@ pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
 audio = pipe(PIL.Image.open("picture.jpg"), "{prompt}").audios[0]
 ```
 
-Either way `audio` is a float32 array at `pipe.vocoder.config.sampling_rate` = {sampling_rate} Hz.
+Either way `audio` is a float32 array at `pipe.sampling_rate` = {sampling_rate} Hz.
 {results}
 ## Training
 
@@ -114,7 +114,7 @@ def write_model_card(folder: Path, pipe: MelFusionPipeline, publication: Publica
         name=publication.name,
         samples=format_samples(publication),
         prompt=prompt.replace("\\", "\\\\").replace('"', '\\"'),
-        sampling_rate=pipe.vocoder.config.sampling_rate,
+        sampling_rate=pipe.sampling_rate,
         results=format_results_section(publication.results),
         facts=format_facts(publication.facts | {"alphas, deepest layer first": alphas}),
         license=publication.license or f"See [{LICENSE}]({LICENSE}).",
@@ -237,7 +237,7 @@ def make_samples(pipe: MelFusionPipeline, arguments: argparse.Namespace) -> list
             image_guidance_scale=arguments.image_guidance_scale,
             generator=torch.Generator().manual_seed(arguments.seed),
         ).audios[0]
-        save_audio(arguments.output / f"{name}.wav", waveform, pipe.vocoder.config.sampling_rate)
+        save_audio(arguments.output / f"{name}.wav", waveform, pipe.sampling_rate)
         thumbnail = to_rgb(image)
         thumbnail.thumbnail((384, 384))
         thumbnail.save(arguments.output / f"{name}.jpg", quality=88)

@@ -311,6 +311,9 @@ def endless_batches(state: State) -> Iterator[dict]:
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    if args.mixed_precision == "bf16":
+        # On processors with AMX, torch 2.13 computes bfloat16 convolutions with narrow outputs wrongly.
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
     plugin = GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False)
     return Accelerator(
         mixed_precision=args.mixed_precision,
@@ -547,10 +550,10 @@ def generate_sample(state: State, index: int, row: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     figure = plot_mel_spectrogram(mel_spectrogram[0], title=row["caption"])
     figure.savefig(folder / f"{index}.png")
-    save_audio(folder / f"{index}.wav", waveform, pipe.vocoder.config.sampling_rate)
+    save_audio(folder / f"{index}.wav", waveform, pipe.sampling_rate)
     for tracker in state.accelerator.trackers:
         if tracker.name == "tensorboard":
-            tracker.writer.add_audio(f"audio/{index}", waveform, step, pipe.vocoder.config.sampling_rate)
+            tracker.writer.add_audio(f"audio/{index}", waveform, step, pipe.sampling_rate)
             tracker.writer.add_figure(f"mel/{index}", figure, step)
 
 

@@ -97,7 +97,7 @@ def save_audio(path: str | os.PathLike, waveform: np.ndarray | torch.Tensor, sam
         path: file to write, ending in `.wav`, `.flac`, `.mp3` or `.ogg`.
         waveform: samples in [-1, 1], `[T]` or `[C, T]`. A waveform whose peak is above 1 is scaled to peak 1 with a
             warning, never clipped.
-        sampling_rate: samples a second, for generated music `pipe.vocoder.config.sampling_rate`. MP3 knows 8, 11.025,
+        sampling_rate: samples a second, for generated music `pipe.sampling_rate`. MP3 knows 8, 11.025,
             12, 16, 22.05, 24, 32, 44.1 and 48 kHz only, Ogg Vorbis at most 200 kHz.
 
     Raises:

@@ -1,5 +1,6 @@
 """Refusing what a call cannot do, before any model runs."""
 
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from diffusers import DDIMInverseScheduler, DPMSolverMultistepInverseScheduler
 
 from .features_melfusion import FEATURE_SOURCES, ImageFeatures
 
@@ -49,6 +51,22 @@ def check_call(
 ) -> tuple[int, int]:
     """Refuses arguments of `__call__` that cannot work, before any model runs.
 
+    Refused are: a wrong type; a number that is not finite or out of range; an empty list; a tensor of another shape or
+    with NaN; a picture beside features, or a prompt beside its embeddings; nothing to make music of; numbers of
+    pictures, prompts, negative prompts or generators that do not fit together; features that another UNet recorded;
+    components that do not belong together; a scheduler that does not step through the training's noise schedule.
+
+    Args:
+        pipe: The pipeline that is called.
+        image: The pictures as `as_pil_images` gives them, or None.
+        audio_length_in_s: As in `__call__`, but not None.
+        prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, image_prompt: As in `__call__`.
+        guidance_scale, image_guidance_scale, synapse_scale: As in `__call__`.
+        image_size, image_features, feature_source, num_inversion_steps: As in `__call__`.
+        num_inference_steps, num_waveforms_per_prompt, eta, generator, latents: As in `__call__`.
+        output_type, cross_attention_kwargs: As in `__call__`.
+        callback_on_step_end, callback_on_step_end_tensor_inputs: As in `__call__`.
+
     Returns:
         The number of prompts and the number of pictures (0 without a picture).
 
@@ -56,13 +74,14 @@ def check_call(
         TypeError: If an argument has the wrong type.
         ValueError: If a value is out of range or contradicts another one. Either names argument, value and remedy.
     """
-    check_integer("num_inference_steps", num_inference_steps, 1, pipe.scheduler.config.num_train_timesteps)
-    check_integer("num_waveforms_per_prompt", num_waveforms_per_prompt, 1, MAX_WAVEFORMS_PER_PROMPT)
-    check_real("guidance_scale", guidance_scale)
-    check_real("eta", eta, 0.0, 1.0)
+    check_components(pipe)
+    _check_integer("num_inference_steps", num_inference_steps, 1, pipe.scheduler.config.num_train_timesteps)
+    _check_integer("num_waveforms_per_prompt", num_waveforms_per_prompt, 1, MAX_WAVEFORMS_PER_PROMPT)
+    _check_real("guidance_scale", guidance_scale)
+    _check_real("eta", eta, 0.0, 1.0)
     frame_length = pipe.vae_scale_factor * pipe._seconds_per_frame
-    check_real("audio_length_in_s", audio_length_in_s, frame_length * (1 - 1e-6), MAX_AUDIO_LENGTH_IN_S)
-    check_choice("output_type", output_type, OUTPUT_TYPES)
+    _check_real("audio_length_in_s", audio_length_in_s, frame_length * (1 - 1e-6), MAX_AUDIO_LENGTH_IN_S)
+    _check_choice("output_type", output_type, OUTPUT_TYPES)
     if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, dict):
         raise TypeError(f"`cross_attention_kwargs` must be a dict or None, got {cross_attention_kwargs!r}.")
     if callback_on_step_end is not None and not callable(callback_on_step_end):
@@ -72,9 +91,8 @@ def check_call(
             f"`callback_on_step_end_tensor_inputs` must be a list, got {callback_on_step_end_tensor_inputs!r}."
         )
     for name in callback_on_step_end_tensor_inputs:
-        check_choice("callback_on_step_end_tensor_inputs", name, pipe._callback_tensor_inputs)
+        _check_choice("callback_on_step_end_tensor_inputs", name, pipe._callback_tensor_inputs)
 
-    check_components(pipe)
     num_images = 0
     if image is not None and image_features is not None:
         raise ValueError("Pass `image` or `image_features`, not both: the features already stand for the picture.")
@@ -82,26 +100,26 @@ def check_call(
         num_images = len(image)
         check_image_inputs(pipe, num_images, image_prompt, image_size, num_inversion_steps, feature_source)
     if image_features is not None:
-        num_images = check_image_features(pipe, image_features)
+        num_images = _check_image_features(pipe, image_features)
     if num_images:
-        check_synapse_scale(pipe, synapse_scale)
+        _check_synapse_scale(pipe, synapse_scale)
     if image_guidance_scale is not None:
-        check_real("image_guidance_scale", image_guidance_scale)
+        _check_real("image_guidance_scale", image_guidance_scale)
         if not num_images:
             raise ValueError(
                 f"`image_guidance_scale` is {image_guidance_scale}, but there is no picture: pass `image` or"
                 " `image_features`, or leave it None."
             )
 
-    num_prompts = check_prompts(pipe, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images)
+    num_prompts = _check_prompts(pipe, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images)
     if num_images > 1 and num_prompts > 1 and num_images != num_prompts:
         raise ValueError(
             f"{num_images} pictures cannot meet {num_prompts} prompts: pass equal numbers, or one of either."
         )
     batch_size = max(num_prompts, num_images) * num_waveforms_per_prompt
-    check_generator(generator, batch_size)
+    _check_generator(generator, batch_size)
     if latents is not None:
-        check_float_tensor("latents", latents)
+        _check_float_tensor("latents", latents)
         shape = (batch_size, *pipe._latent_shape(audio_length_in_s))
         if tuple(latents.shape) != shape:
             raise ValueError(
@@ -113,7 +131,7 @@ def check_call(
     return num_prompts, num_images
 
 
-def check_prompts(
+def _check_prompts(
     pipe: Any,
     prompt: str | list[str] | None,
     negative_prompt: str | list[str] | None,
@@ -127,12 +145,12 @@ def check_prompts(
         ("prompt", prompt, prompt_embeds),
         ("negative_prompt", negative_prompt, negative_prompt_embeds),
     ):
-        check_text(name, text)
+        _check_text(name, text)
         if text is not None and embeds is not None:
             raise ValueError(f"Pass `{name}` or `{name}_embeds`, not both: got {text!r} and a tensor.")
         if embeds is None:
             continue
-        check_float_tensor(f"{name}_embeds", embeds)
+        _check_float_tensor(f"{name}_embeds", embeds)
         width = pipe.unet.config.projection_class_embeddings_input_dim
         if embeds.ndim != 2 or embeds.shape[1] != width or not len(embeds):
             raise ValueError(f"`{name}_embeds` must have the shape [prompts, {width}], got {list(embeds.shape)}.")
@@ -157,28 +175,40 @@ def check_image_inputs(
     num_inversion_steps: int,
     feature_source: str,
 ) -> None:
-    check_present(pipe, ("image_vae", "image_unet", "image_scheduler", "synapse"), "A picture")
+    """Refuses arguments of `encode_image` that cannot work, before any model runs.
+
+    Args:
+        pipe: The pipeline that is called.
+        num_images: The number of pictures.
+        image_prompt, image_size, num_inversion_steps, feature_source: As in `encode_image`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a value is out of range or does not fit the others. Either names argument, value and remedy.
+    """
+    _check_present(pipe, ("image_vae", "image_unet", "image_scheduler", "synapse"), "A picture")
+    _check_scheduler("image_scheduler", pipe.image_scheduler)
     pipe.synapse.check_unets(pipe.image_unet, pipe.unet)
-    check_integer("num_inversion_steps", num_inversion_steps, 1, pipe.image_scheduler.config.num_train_timesteps)
-    check_choice("feature_source", feature_source, FEATURE_SOURCES)
-    check_text("image_prompt", image_prompt)
+    _check_integer("num_inversion_steps", num_inversion_steps, 1, pipe.image_scheduler.config.num_train_timesteps)
+    _check_choice("feature_source", feature_source, FEATURE_SOURCES)
+    _check_text("image_prompt", image_prompt)
     if image_prompt is None or _count(image_prompt) not in (1, num_images):
         raise ValueError(f"`image_prompt` must be one text or {num_images}, one a picture, got {image_prompt!r}.")
     if image_size is not None:
-        check_integer("image_size", image_size, pipe.image_vae_scale_factor)
+        _check_integer("image_size", image_size, pipe.image_vae_scale_factor)
         if image_size % pipe.image_vae_scale_factor or image_size > MAX_IMAGE_SIZE:
             raise ValueError(
                 f"`image_size` must be a multiple of {pipe.image_vae_scale_factor} pixels, at most"
                 f" {MAX_IMAGE_SIZE}, got {image_size}."
             )
     prediction_type = pipe.image_scheduler.config.prediction_type
-    check_choice("image_scheduler.config.prediction_type", prediction_type, PREDICTION_TYPES)
+    _check_choice("image_scheduler.config.prediction_type", prediction_type, PREDICTION_TYPES)
 
 
-def check_image_features(pipe: Any, image_features: ImageFeatures) -> int:
+def _check_image_features(pipe: Any, image_features: ImageFeatures) -> int:
     if not isinstance(image_features, ImageFeatures):
         raise TypeError(f"`image_features` must be what `encode_image` returns, got {type(image_features).__name__}.")
-    check_present(pipe, ("synapse",), "`image_features`")
+    _check_present(pipe, ("synapse",), "`image_features`")
     pipe.synapse.check_unets(None, pipe.unet)
     pipe.synapse.check_image_features(image_features.keys)
     tensors = (*image_features.keys.values(), *image_features.values.values())
@@ -187,7 +217,7 @@ def check_image_features(pipe: Any, image_features: ImageFeatures) -> int:
     return image_features.num_images
 
 
-def check_present(pipe: Any, names: tuple[str, ...], needed_by: str) -> None:
+def _check_present(pipe: Any, names: tuple[str, ...], needed_by: str) -> None:
     missing = [name for name in names if getattr(pipe, name) is None]
     if missing:
         raise ValueError(
@@ -197,7 +227,16 @@ def check_present(pipe: Any, names: tuple[str, ...], needed_by: str) -> None:
 
 
 def check_components(pipe: Any) -> None:
-    """Refuses components that have taken one another's place, as far as they can be told apart."""
+    """Refuses schedulers that cannot work, and components in one another's place, as far as they can be told apart.
+
+    Args:
+        pipe: The pipeline that holds the components; those that are None are not checked.
+
+    Raises:
+        ValueError: Naming the component.
+    """
+    for name in ("scheduler", "image_scheduler"):
+        _check_scheduler(name, getattr(pipe, name))
     if pipe.unet is not None and pipe.unet.config.class_embed_type != "simple_projection":
         raise ValueError(
             "`unet` must condition on CLAP embeddings, but its class_embed_type is"
@@ -216,21 +255,65 @@ def check_components(pipe: Any) -> None:
             )
 
 
-def check_synapse_scale(pipe: Any, synapse_scale: float | list[float]) -> None:
+def _check_scheduler(name: str, scheduler: Any) -> None:
+    """Refuses a scheduler that counts time otherwise than the training did, or cannot step from noise to music."""
+    if scheduler is None:
+        return
+    config = scheduler.config
+    trained = hasattr(scheduler, "alphas_cumprod") and hasattr(scheduler, "init_noise_sigma")
+    flows = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    if not trained or flows or config.get("timestep_type") == "continuous":
+        raise ValueError(
+            f"`{name}` is a {type(scheduler).__name__}, whose timesteps are not those with which the UNet was trained."
+            " Use one with a noise schedule of training steps, without flow sigmas or continuous timesteps, such as"
+            " DDIMScheduler, EulerDiscreteScheduler or DPMSolverMultistepScheduler."
+        )
+    parameters = inspect.signature(scheduler.step).parameters.values()
+    needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    inverse = isinstance(scheduler, (DDIMInverseScheduler, DPMSolverMultistepInverseScheduler))
+    # The picture's scheduler only tells its noise schedule; the music's also makes the steps.
+    if name == "scheduler" and (inverse or needed[:3] != ["model_output", "timestep", "sample"] or needed[3:]):
+        raise ValueError(
+            f"`{name}` is a {type(scheduler).__name__}, which does not turn noise into music step by step. Use one"
+            " such as DDIMScheduler, EulerDiscreteScheduler or DPMSolverMultistepScheduler."
+        )
+
+
+def check_branches(prompt_embeds: torch.Tensor, num_waveforms: int, num_branches: int) -> None:
+    """Refuses embeddings that a callback returned for another number of waveforms or guidance branches.
+
+    Args:
+        prompt_embeds: `[branches * waveforms, channels]`.
+        num_waveforms: The number of waveforms.
+        num_branches: The number of guidance branches.
+
+    Raises:
+        ValueError: If the number of rows is not the product of the two.
+    """
+    if len(prompt_embeds) != num_waveforms * num_branches:
+        raise ValueError(
+            f"`callback_on_step_end` left `prompt_embeds` with {len(prompt_embeds)} rows, but {num_waveforms}"
+            f" waveforms in {num_branches} guidance branches need {num_waveforms * num_branches}. A callback that ends"
+            " the guidance must keep a row for each waveform, and set `pipe._image_guidance_scale = None` where a"
+            " picture guides."
+        )
+
+
+def _check_synapse_scale(pipe: Any, synapse_scale: float | list[float]) -> None:
     num_layers = len(pipe.synapse.config.music_layers)
     if isinstance(synapse_scale, (np.ndarray, torch.Tensor)):
         synapse_scale = synapse_scale.tolist()
     if not isinstance(synapse_scale, (list, tuple)):
-        return check_real("synapse_scale", synapse_scale)
+        return _check_real("synapse_scale", synapse_scale)
     if len(synapse_scale) != num_layers:
         raise ValueError(
             f"`synapse_scale` must be one number or {num_layers}, one a layer, got {len(synapse_scale)} numbers."
         )
     for scale in synapse_scale:
-        check_real("synapse_scale", scale)
+        _check_real("synapse_scale", scale)
 
 
-def check_generator(generator: Any, batch_size: int) -> None:
+def _check_generator(generator: Any, batch_size: int) -> None:
     generators = generator if isinstance(generator, list) else [generator]
     if generator is not None and not all(isinstance(single, torch.Generator) for single in generators):
         raise TypeError(f"`generator` must be a torch.Generator, a list of them or None, got {generator!r}.")
@@ -241,19 +324,38 @@ def check_generator(generator: Any, batch_size: int) -> None:
         )
 
 
-def check_finite(stage: str, *tensors: torch.Tensor) -> None:
-    if not all(tensor.isfinite().all() for tensor in tensors):
-        raise FloatingPointError(
-            f"NaN or infinite values appeared in {stage}: its weights are damaged, or its values too large for"
-            f" {tensors[0].dtype}. Try another dtype, or load the weights again."
+def check_finite(stage: str, *tensors: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    """Refuses what a stage computed if it is not finite.
+
+    Args:
+        stage: What was computed, in words.
+        tensors: The results, of any shape.
+        dtype: In which it was computed. None is that of the first tensor.
+
+    Raises:
+        FloatingPointError: Naming the stage, the likely causes and the remedy.
+    """
+    if all(tensor.isfinite().all() for tensor in tensors):
+        return
+    dtype = dtype or tensors[0].dtype
+    remedy = "Try another dtype, or load the weights again."
+    if dtype == torch.bfloat16:
+        # Seen with torch 2.13: strided convolutions whose output is one column wide change from run to run.
+        remedy = (
+            "On a processor with AMX the bfloat16 convolutions of torch are faulty: set the environment variable"
+            f" ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 before Python starts. {remedy}"
         )
+    raise FloatingPointError(
+        f"NaN or infinite values appeared in {stage}: its weights are damaged, or its values too large for {dtype}."
+        f" {remedy}"
+    )
 
 
 def _count(text: str | list[str] | None) -> int:
     return len(text) if isinstance(text, list) else 1
 
 
-def check_text(name: str, text: Any) -> None:
+def _check_text(name: str, text: Any) -> None:
     texts = text if isinstance(text, list) else [text]
     if text is not None and not all(isinstance(single, str) for single in texts):
         raise TypeError(f"`{name}` must be a str or a list of str, got {text!r}.")
@@ -265,18 +367,18 @@ def check_text(name: str, text: Any) -> None:
         raise ValueError(f"`{name}` holds characters that belong to no text: {error}.") from error
 
 
-def check_float_tensor(name: str, value: Any) -> None:
+def _check_float_tensor(name: str, value: Any) -> None:
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         found = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
         raise TypeError(f"`{name}` must be a torch tensor of floating-point numbers, got {found}.")
 
 
-def check_choice(name: str, value: Any, choices: Any) -> None:
+def _check_choice(name: str, value: Any, choices: Any) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
 
 
-def check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+def _check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be an int, got {value!r}.")
     if value < minimum or (maximum is not None and value > maximum):
@@ -284,7 +386,7 @@ def check_integer(name: str, value: Any, minimum: int, maximum: int | None = Non
         raise ValueError(f"`{name}` must be {limits}, got {value}.")
 
 
-def check_real(name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf) -> None:
+def _check_real(name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
     # Compared instead of converted: an int may be larger than any float.

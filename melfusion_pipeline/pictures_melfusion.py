@@ -1,5 +1,6 @@
 """Pictures: whatever a user calls one becomes what the image VAE takes."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,17 @@ import torch
 
 Image = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image | np.ndarray | torch.Tensor]
 
+# Grey, RGB, RGBA.
+CHANNELS = (1, 3, 4)
+
 
 def as_pil_images(image: Any) -> list[PIL.Image.Image]:
     """Checks a picture or several and gives each as a PIL image.
 
     Args:
-        image: PIL images; numpy arrays `[height, width, 3]` or `[batch, height, width, 3]`; torch tensors
-            `[3, height, width]` or `[batch, 3, height, width]`; or a list of single pictures. Arrays and tensors are
-            uint8 or float in [0, 1].
+        image: PIL images; numpy arrays `[height, width]` (grey) or `[height, width, channels]`; torch tensors
+            `[channels, height, width]`; the latter two also with a batch dimension before; or a list of single
+            pictures. Channels are 1 (grey), 3 (RGB) or 4 (RGBA). Arrays and tensors are uint8 or float in [0, 1].
 
     Returns:
         One PIL image a picture, of its own size and mode.
@@ -24,7 +28,7 @@ def as_pil_images(image: Any) -> list[PIL.Image.Image]:
     Raises:
         TypeError: If `image` or an element of it is none of these.
         ValueError: If a picture is empty, unreadable, too large for PIL's limit, not finite or out of range, or has
-            not three channels.
+            another number of channels.
     """
     if isinstance(image, (list, tuple)):
         if not image:
@@ -39,14 +43,21 @@ def as_pil_images(image: Any) -> list[PIL.Image.Image]:
 
 def _as_pil_image(image: Any, name: str) -> PIL.Image.Image:
     if isinstance(image, torch.Tensor):
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(f"{name} must be a tensor [3, height, width], got {list(image.shape)}.")
+        if image.ndim != 3 or image.shape[0] not in CHANNELS:
+            raise ValueError(f"{name} must be a tensor [1, 3 or 4, height, width], got {list(image.shape)}.")
         image = image.detach().cpu().movedim(0, -1)
         image = (image.float() if image.is_floating_point() else image).numpy()
     if isinstance(image, np.ndarray):
         return _array_to_pil(image, name)
     if not isinstance(image, PIL.Image.Image):
-        raise TypeError(f"{name} must be a PIL image, a numpy array or a torch tensor, got {type(image).__name__}.")
+        remedy = ""
+        if isinstance(image, (str, os.PathLike)):
+            remedy = (
+                f" A text is given as `prompt={os.fspath(image)!r:.60}`, the picture in a file or at an address as"
+                f" `image=diffusers.utils.load_image({os.fspath(image)!r:.60})`."
+            )
+        found = type(image).__name__
+        raise TypeError(f"{name} must be a PIL image, a numpy array or a torch tensor, got a {found}.{remedy}")
 
     limit = PIL.Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > 2 * limit:
@@ -66,8 +77,10 @@ def _as_pil_image(image: Any, name: str) -> PIL.Image.Image:
 
 
 def _array_to_pil(array: np.ndarray, name: str) -> PIL.Image.Image:
-    if array.ndim != 3 or array.shape[-1] != 3:
-        raise ValueError(f"{name} must be an array [height, width, 3], got {list(array.shape)}.")
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[-1] not in CHANNELS):
+        raise ValueError(
+            f"{name} must be an array [height, width] or [height, width, 1, 3 or 4], got {list(array.shape)}."
+        )
     if 0 in array.shape:
         raise ValueError(f"{name} has a side of zero pixels: its shape is {list(array.shape)}.")
     if np.issubdtype(array.dtype, np.floating):
@@ -81,7 +94,7 @@ def _array_to_pil(array: np.ndarray, name: str) -> PIL.Image.Image:
         array = np.round(array * 255).astype(np.uint8)
     if array.dtype != np.uint8:
         raise TypeError(f"{name} must be uint8 or float, got {array.dtype}.")
-    return PIL.Image.fromarray(array)
+    return PIL.Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -4,11 +4,14 @@ import functools
 import inspect
 import math
 import threading
+import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -17,9 +20,9 @@ from diffusers import (
     DiffusionPipeline,
     ModelMixin,
     SchedulerMixin,
-    StableDiffusionMixin,
     UNet2DConditionModel,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import (
@@ -32,7 +35,7 @@ from transformers import (
 
 from .attention_melfusion import KVBlenders, use_attn_processors
 from .checkpoint_melfusion import CheckpointMixin
-from .checks_melfusion import check_call, check_finite, check_image_inputs
+from .checks_melfusion import check_branches, check_call, check_finite, check_image_inputs
 from .features_melfusion import ImageFeatures
 from .files_melfusion import atomic_write  # noqa: F401 - remote code gets only the files that are named here
 from .inversion_melfusion import record_image_features
@@ -40,19 +43,24 @@ from .pictures_melfusion import Image, as_pil_images, prepare_image
 
 logger = logging.get_logger(__name__)
 
+# 1 where a guidance branch sees the picture. With fewer than three branches the first ones are left out.
+IMAGE_BRANCHES = (0.0, 1.0, 1.0)
+
 
 def _one_at_a_time(method: Callable) -> Callable:
-    """Lets a method of the pipeline run in one thread at a time; the others wait."""
+    """Lets methods that use the same component run one after the other; a thread whose components are busy waits."""
 
     @functools.wraps(method)
     def locked(self: "MelFusionPipeline", *args: Any, **kwargs: Any) -> Any:
-        with self._lock:
+        with ExitStack() as held:
+            for lock in self._component_locks():
+                held.enter_context(lock)
             return method(self, *args, **kwargs)
 
     return locked
 
 
-class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin):
+class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
     """Generates music from a picture, a text prompt or both.
 
     The picture is DDIM-inverted through a frozen text-to-image UNet; the keys and values of its decoder self-attention
@@ -60,17 +68,19 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
     Source: Chowdhury et al., "MeLFusion: Synthesizing Music from Image and Language Cues using Diffusion Models",
     CVPR 2024, arXiv 2406.04673.
 
-    Threads may share a pipeline: their calls run one after the other. A call keeps its state in the pipeline, its
-    processors in the UNets and its timesteps in the scheduler, and pipelines may share these (`from_pipe`,
-    components), so one lock serves all MeLFusion pipelines of a process. For several devices at once start a process
-    for each. Pipelines of other classes do not know of the lock: do not run them on the same UNets at the same time.
+    Threads may share a pipeline: their calls run one after the other. A call keeps its processors in the UNets and its
+    timesteps in the scheduler, so the calls of pipelines that share a component (`from_pipe`, components) wait for
+    each other too; pipelines that share none, such as those on two GPUs, run at the same time. Pipelines of other
+    classes do not know of these locks: do not run them on the same UNets at the same time.
 
     Args:
         vae: Of mel spectrograms, as in AudioLDM.
         text_encoder: CLAP's text tower.
         tokenizer: Of `text_encoder`.
         unet: The text-to-music UNet, conditioned on CLAP embeddings by `class_labels` (AudioLDM, MusicLDM).
-        scheduler: Any diffusers scheduler for the music latents.
+        scheduler: Of the music latents: a diffusers scheduler that steps through the noise schedule of the training,
+            such as DDIM, Euler, Heun, PNDM, DPM-Solver++ or UniPC. Those that count time in another way (flow
+            matching, EDM, IPNDM) are refused.
         vocoder: Log-mel spectrogram to waveform.
         image_vae: Of pictures, as in Stable Diffusion. This and all that follow may be None: text-to-music needs none
             of them, and for `image_features` the synapse is enough.
@@ -97,9 +107,10 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         "image_scheduler",
         "synapse",
     ]
-    _callback_tensor_inputs = ["latents", "prompt_embeds"]
-    # Of the class: copies, pickles and pipelines that share components all find the same one.
-    _lock = threading.RLock()
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    # Of the class: all pipelines find the same lock for the same component. `_locks_lock` guards the table itself.
+    _locks = weakref.WeakKeyDictionary()
+    _locks_lock = threading.Lock()
 
     def __init__(
         self,
@@ -144,6 +155,37 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae else 4
         self.image_vae_scale_factor = 2 ** (len(image_vae.config.block_out_channels) - 1) if image_vae else 8
 
+    # Kept in a room of its own, for its length.
+    check_inputs = check_call
+
+    def _component_locks(self) -> list[threading.RLock]:
+        """One lock for each component, in the same order for all pipelines, so that none wait in a circle."""
+        with self._locks_lock:
+            components = [component for component in self.components.values() if component is not None]
+            return sorted((self._locks.setdefault(component, threading.RLock()) for component in components), key=id)
+
+    @property
+    def sampling_rate(self) -> int:
+        """The rate of the waveforms, in Hz."""
+        return self.vocoder.config.sampling_rate
+
+    @property
+    def default_audio_length_in_s(self) -> float:
+        """The length of the music for which the music UNet was made, in seconds."""
+        return _own_size(self.unet, "unet", "audio_length_in_s") * self.vae_scale_factor * self._seconds_per_frame
+
+    @property
+    def default_num_inversion_steps(self) -> int:
+        """The inversion steps of a call that names none: the checkpoint's, else those of the synapse's training."""
+        trained = self.synapse.config.num_inversion_steps if self.synapse else None
+        return self.config.default_num_inversion_steps or trained or 10
+
+    @property
+    def default_image_size(self) -> int:
+        """The side of the picture in pixels: that of the synapse's training, else the one of the image UNet."""
+        trained = self.synapse.config.image_size if self.synapse else None
+        return trained or _own_size(self.image_unet, "image_unet", "image_size") * self.image_vae_scale_factor
+
     @property
     def guidance_scale(self) -> float:
         """How strongly the text guides the music; above 1 it is classifier-free guidance."""
@@ -160,6 +202,13 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         return self._guidance_scale > 1.0 or self._image_guidance_scale is not None
 
     @property
+    def num_branches(self) -> int:
+        """How many guidance branches the UNet runs on: its batch holds so many rows for each waveform."""
+        if self._image_guidance_scale is not None:
+            return 3
+        return 2 if self.do_classifier_free_guidance else 1
+
+    @property
     def num_timesteps(self) -> int:
         """The number of timesteps of the last call."""
         return self._num_timesteps
@@ -168,17 +217,6 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
     def interrupt(self) -> bool:
         """Set `pipe._interrupt = True` in a callback to stop denoising."""
         return self._interrupt
-
-    @property
-    def image_branches(self) -> tuple[float, ...]:
-        """For each guidance branch 1 where it sees the picture, 0 where alpha is dropped for it."""
-        if self._image_guidance_scale is not None:
-            return (0.0, 1.0, 1.0)
-        return (1.0, 1.0) if self.do_classifier_free_guidance else (1.0,)
-
-    def check_inputs(self, **arguments: Any) -> tuple[int, int]:
-        """See `checks_melfusion.check_call`."""
-        return check_call(self, **arguments)
 
     @torch.no_grad()
     @_one_at_a_time
@@ -210,25 +248,26 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         dtype = (self.text_encoder if self.unet is None else self.unet).dtype
         if prompt_embeds is None:
             prompts = [prompt] if isinstance(prompt, str) else prompt
-            prompt_embeds = self._embed_texts(prompts, self.tokenizer.model_max_length, device)
+            prompt_embeds = self._embed_texts(prompts, None, device)
         prompt_embeds = prompt_embeds.to(device=device, dtype=dtype)
-        if not do_classifier_free_guidance:
-            return prompt_embeds, None
-
-        if negative_prompt_embeds is None:
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
             negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]
-            # AudioLDM pads negative prompts to the width of the embeddings; for its equal output so must we.
             negatives = negatives * (len(prompt_embeds) // len(negatives))
+            # AudioLDM pads negative prompts to the width of the embeddings; for its equal output so must we.
             negative_prompt_embeds = self._embed_texts(negatives, prompt_embeds.shape[1], device)
-        negative_prompt_embeds = negative_prompt_embeds.to(device=device, dtype=dtype)
-        return prompt_embeds, negative_prompt_embeds.expand_as(prompt_embeds)
+        if do_classifier_free_guidance:
+            negative_prompt_embeds = negative_prompt_embeds.to(device=device, dtype=dtype).expand_as(prompt_embeds)
+        else:
+            negative_prompt_embeds = None
+        return prompt_embeds, negative_prompt_embeds
 
-    def _embed_texts(self, texts: list[str], max_length: int, device: torch.device) -> torch.Tensor:
+    def _embed_texts(self, texts: list[str], max_length: int | None, device: torch.device) -> torch.Tensor:
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
                 "Texts cannot be encoded without `text_encoder` and `tokenizer`: pass `prompt_embeds` and, for"
                 " `guidance_scale` above 1, `negative_prompt_embeds`."
             )
+        max_length = min(max_length or math.inf, self.tokenizer.model_max_length)
         inputs = _tokenize(self.tokenizer, texts, max_length, device)
         embeds = self.text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask).text_embeds
         return F.normalize(embeds, dim=-1)
@@ -258,15 +297,25 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         Raises:
             TypeError, ValueError: As `__call__`.
         """
-        image = as_pil_images(image)
+        images = as_pil_images(image)
         if num_inversion_steps is None:
             num_inversion_steps = self.default_num_inversion_steps
-        check_image_inputs(self, len(image), image_prompt, image_size, num_inversion_steps, feature_source)
-        prompt_embeds = self.encode_image_prompt(image_prompt, len(image))
+        check_image_inputs(self, len(images), image_prompt, image_size, num_inversion_steps, feature_source)
+        return self._encode_images(images, image_prompt, image_size, num_inversion_steps, feature_source)
+
+    def _encode_images(
+        self,
+        images: list[PIL.Image.Image],
+        image_prompt: str | list[str],
+        image_size: int | None,
+        num_inversion_steps: int,
+        feature_source: str,
+    ) -> ImageFeatures:
+        prompt_embeds = self.encode_image_prompt(image_prompt, len(images))
         features = record_image_features(
             self.image_unet,
             self.image_scheduler,
-            self.prepare_image_latents(image, image_size),
+            self._encode_pixels(images, image_size),
             prompt_embeds,
             self.synapse.config.image_layers,
             num_inversion_steps,
@@ -276,21 +325,6 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         check_finite("the inversion of the picture", *features.keys.values(), *features.values.values())
         return replace(features, image_size=image_size or self.default_image_size)
 
-    @property
-    def default_num_inversion_steps(self) -> int:
-        """The inversion steps of a call that names none: the checkpoint's, else those of the synapse's training."""
-        trained = self.synapse.config.num_inversion_steps if self.synapse else None
-        return self.config.default_num_inversion_steps or trained or 10
-
-    @property
-    def default_image_size(self) -> int:
-        """The side of the picture in pixels: that of the synapse's training, else the one of the image UNet."""
-        if self.synapse is not None and self.synapse.config.image_size is not None:
-            return self.synapse.config.image_size
-        sample_size = self.image_unet.config.sample_size
-        return (sample_size if isinstance(sample_size, int) else sample_size[0]) * self.image_vae_scale_factor
-
-    @torch.no_grad()
     def prepare_image_latents(self, image: Image, image_size: int | None = None) -> torch.Tensor:
         """Prepares pictures and encodes them: the mode of the VAE's posterior, so that no generator is consumed.
 
@@ -301,8 +335,11 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         Returns:
             `z_0^I`, `[pictures, 4, image_size / 8, image_size / 8]` for Stable Diffusion, float32.
         """
+        return self._encode_pixels(as_pil_images(image), image_size)
+
+    def _encode_pixels(self, images: list[PIL.Image.Image], image_size: int | None) -> torch.Tensor:
         image_size = image_size or self.default_image_size
-        pixel_values = torch.stack([prepare_image(single, image_size) for single in as_pil_images(image)])
+        pixel_values = torch.stack([prepare_image(image, image_size) for image in images])
         pixel_values = pixel_values.to(device=self._execution_device, dtype=self.image_vae.dtype)
         latents = self.image_vae.encode(pixel_values).latent_dist.mode()
         return latents.float() * self.image_vae.config.scaling_factor
@@ -362,7 +399,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
 
     @property
     def _seconds_per_frame(self) -> float:
-        return math.prod(self.vocoder.config.upsample_rates) / self.vocoder.config.sampling_rate
+        return math.prod(self.vocoder.config.upsample_rates) / self.sampling_rate
 
     def _num_frames(self, audio_length_in_s: float) -> int:
         # The rounding keeps 10.24 / 0.01 = 1024.0000000000001 from asking for one frame more.
@@ -373,24 +410,30 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         frequency = self.vocoder.config.model_in_dim // self.vae_scale_factor
         return self.unet.config.in_channels, time, frequency
 
-    @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Decodes music `latents` `[batch, channels, time, frequency]` to log-mel `[batch, 1, frames, bands]`."""
+        latents = latents.to(self._execution_device)
         return self.vae.decode((1 / self.vae.config.scaling_factor * latents).to(self.vae.dtype)).sample
 
-    @torch.no_grad()
-    def mel_spectrogram_to_waveform(self, mel_spectrogram: torch.Tensor) -> torch.Tensor:
-        """Turns log-mel spectrograms into waveforms.
+    def mel_spectrogram_to_waveform(
+        self, mel_spectrogram: torch.Tensor, audio_length_in_s: float | None = None
+    ) -> torch.Tensor:
+        """Turns log-mel spectrograms into waveforms and cuts what the vocoder adds beyond their end.
 
         Args:
             mel_spectrogram: `[batch, 1, frames, bands]` or `[batch, frames, bands]`.
+            audio_length_in_s: The length of the waveforms in seconds. None is that of the spectrogram.
 
         Returns:
             `[batch, samples]`, float32, on the CPU.
         """
         if mel_spectrogram.ndim == 4:
             mel_spectrogram = mel_spectrogram.squeeze(1)
-        return self.vocoder(mel_spectrogram.to(self.vocoder.dtype)).cpu().float()
+        if audio_length_in_s is None:
+            audio_length_in_s = mel_spectrogram.shape[1] * self._seconds_per_frame
+        mel_spectrogram = mel_spectrogram.to(device=self._execution_device, dtype=self.vocoder.dtype)
+        waveform = self.vocoder(mel_spectrogram)[:, : round(audio_length_in_s * self.sampling_rate)]
+        return waveform.float().cpu()
 
     def fit_image_features(
         self, image_features: ImageFeatures, latents: torch.Tensor, synapse_scale: float | list[float] = 1.0
@@ -425,15 +468,48 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
 
     def _guide(self, noise_pred: torch.Tensor) -> torch.Tensor:
         """Combines the guidance branches: classifier-free, or after InstructPix2Pix (arXiv 2211.09800, equation 3)."""
-        if self._image_guidance_scale is not None:
+        if self.num_branches == 3:
             noise_pred_free, noise_pred_image, noise_pred_text = noise_pred.chunk(3)
             noise_pred_image_delta = self._image_guidance_scale * (noise_pred_image - noise_pred_free)
             noise_pred_free = noise_pred_free + noise_pred_image_delta
             return noise_pred_free + self._guidance_scale * (noise_pred_text - noise_pred_image)
-        if self.do_classifier_free_guidance:
+        if self.num_branches == 2:
             noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
             return noise_pred_uncond + self._guidance_scale * (noise_pred_text - noise_pred_uncond)
         return noise_pred
+
+    def _predict_noise(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Runs the music UNet on every guidance branch and combines them: `[batch, channels, time, frequency]`."""
+        latent_model_input = torch.cat([latents] * self.num_branches)
+        latent_model_input = self.scheduler.scale_model_input(latent_model_input, timestep)
+        noise_pred = self.unet(
+            latent_model_input,
+            timestep,
+            encoder_hidden_states=None,
+            class_labels=prompt_embeds,
+            cross_attention_kwargs=cross_attention_kwargs,
+        ).sample
+        return self._guide(noise_pred)
+
+    def _call_back(
+        self, callback: Callable, step: int, timestep: torch.Tensor, names: list[str], tensors: dict[str, torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Shows the callback the named tensors and gives all of them, with those that it returns in their place."""
+        returned = callback(self, step, timestep, {name: tensors[name] for name in names}) or {}
+        if not isinstance(returned, dict):
+            raise TypeError(f"`callback_on_step_end` must return a dict or None, got {returned!r:.80}.")
+        latents, prompt_embeds, negative_prompt_embeds = (returned.get(name, tensors[name]) for name in tensors)
+        if negative_prompt_embeds is not tensors["negative_prompt_embeds"]:
+            negatives = [negative_prompt_embeds] * (self.num_branches - 1)
+            prompt_embeds = torch.cat([*negatives, prompt_embeds.chunk(self.num_branches)[-1]])
+        check_branches(prompt_embeds, len(latents), self.num_branches)
+        return latents, prompt_embeds, negative_prompt_embeds
 
     @torch.no_grad()
     @_one_at_a_time
@@ -469,8 +545,9 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         One picture serves N prompts, one prompt serves N pictures, N pictures meet N prompts.
 
         Args:
-            image: PIL images, numpy arrays `[height, width, 3]`, torch tensors `[3, height, width]`, batches or lists
-                of them, uint8 or float in [0, 1]. None is plain text-to-music.
+            image: PIL images, numpy arrays `[height, width]` (grey) or `[height, width, 1, 3 or 4]`, torch tensors
+                `[1, 3 or 4, height, width]`, batches or lists of them, uint8 or float in [0, 1]. None is plain
+                text-to-music.
             prompt: One text or a list. With a picture it may be left out.
             audio_length_in_s: In seconds. None is the UNet's own length.
             num_inference_steps: Denoising steps of the music. None is the checkpoint's default, as for the next three:
@@ -497,12 +574,13 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
             return_dict: Whether to return `AudioPipelineOutput` instead of a tuple.
             cross_attention_kwargs: For the attention processors of the music UNet.
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after each step; the tensors that
-                it returns replace the loop's.
-            callback_on_step_end_tensor_inputs: Which of `latents` and `prompt_embeds` (all guidance branches) it gets.
+                it returns replace the loop's. Callbacks of `diffusers.callbacks` name their tensors themselves.
+            callback_on_step_end_tensor_inputs: Which it gets of `latents`, `prompt_embeds` (of all guidance branches)
+                and `negative_prompt_embeds` (None without guidance).
 
         Returns:
             `AudioPipelineOutput` with `audios`: float32 `[batch, samples]`, exactly `audio_length_in_s` long, at
-            `pipe.vocoder.config.sampling_rate`.
+            `pipe.sampling_rate`. Tensors of every `output_type` are float32 and on the CPU.
 
         Raises:
             TypeError: If an argument has the wrong type.
@@ -527,11 +605,13 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
             image_guidance_scale = self.config.default_image_guidance_scale
         if num_inversion_steps is None and image is not None:
             num_inversion_steps = self.default_num_inversion_steps
-        image = None if image is None else as_pil_images(image)
+        images = None if image is None else as_pil_images(image)
         if audio_length_in_s is None:
-            audio_length_in_s = self.unet.config.sample_size * self.vae_scale_factor * self._seconds_per_frame
+            audio_length_in_s = self.default_audio_length_in_s
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         num_prompts, num_images = self.check_inputs(
-            image=image,
+            image=images,
             prompt=prompt,
             audio_length_in_s=audio_length_in_s,
             num_inference_steps=num_inference_steps,
@@ -572,14 +652,17 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
             device,
         )
         check_finite("the encoding of the prompt", prompt_embeds)
-        branches = [negative_prompt_embeds] * (len(self.image_branches) - 1) + [prompt_embeds]
-        prompt_embeds = torch.cat(
-            [embeds.expand(batch_size, -1).repeat_interleave(num_waveforms_per_prompt, dim=0) for embeds in branches]
+        prompt_embeds, negative_prompt_embeds = (
+            embeds.expand(batch_size, -1).repeat_interleave(num_waveforms_per_prompt, dim=0)
+            if embeds is not None
+            else None
+            for embeds in (prompt_embeds, negative_prompt_embeds)
         )
+        prompt_embeds = torch.cat([negative_prompt_embeds] * (self.num_branches - 1) + [prompt_embeds])
 
         # 3. Encode the picture: invert, record
-        if image is not None:
-            image_features = self.encode_image(image, image_prompt, image_size, num_inversion_steps, feature_source)
+        if images is not None:
+            image_features = self._encode_images(images, image_prompt, image_size, num_inversion_steps, feature_source)
 
         # 4. Prepare timesteps and latents
         self.scheduler.set_timesteps(num_inference_steps, device=device)
@@ -592,43 +675,34 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         step_kwargs = {"eta": eta, "generator": generator}
         step_kwargs = {name: value for name, value in step_kwargs.items() if name in step_parameters}
 
-        # 5. Fit the picture's keys and values to the music UNet
+        # 5. Fit the picture's keys and values to the music UNet; look up which recorded ones each step blends
         blenders = KVBlenders([])
         if image_features is not None:
             self._warn_if_trained_otherwise(image_features)
             image_features, alphas = self.fit_image_features(image_features, latents, synapse_scale)
             blenders = KVBlenders(self.synapse.config.music_layers)
+            branch_alphas = torch.outer(alphas, alphas.new_tensor(IMAGE_BRANCHES))
+            recorded_steps = image_features.nearest(timesteps).tolist()
 
         # 6. Denoise
-        with use_attn_processors(self.unet, blenders), self.progress_bar(total=num_inference_steps) as progress_bar:
+        with use_attn_processors(self.unet, blenders), self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
                 if image_features is not None:
-                    branch_alphas = torch.outer(alphas, alphas.new_tensor(self.image_branches))
-                    blenders.read(image_features.at(t), branch_alphas)
-
-                latent_model_input = torch.cat([latents] * len(self.image_branches))
-                latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
-                noise_pred = self.unet(
-                    latent_model_input,
-                    t,
-                    encoder_hidden_states=None,
-                    class_labels=prompt_embeds,
-                    cross_attention_kwargs=cross_attention_kwargs,
-                ).sample
-                latents = self.scheduler.step(self._guide(noise_pred), t, latents, **step_kwargs).prev_sample
-
+                    blenders.read(image_features.at_step(recorded_steps[i]), branch_alphas[:, -self.num_branches :])
+                noise_pred = self._predict_noise(latents, t, prompt_embeds, cross_attention_kwargs)
+                latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs).prev_sample
+                progress_bar.update()
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
-                    tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    returned = callback_on_step_end(self, i, t, tensors) or {}
-                    if not isinstance(returned, dict):
-                        raise TypeError(f"`callback_on_step_end` must return a dict or None, got {returned!r:.80}.")
-                    latents = returned.pop("latents", latents)
-                    prompt_embeds = returned.pop("prompt_embeds", prompt_embeds)
-                if (i + 1) % self.scheduler.order == 0 or i == len(timesteps) - 1:
-                    progress_bar.update()
+                    tensors = (latents, prompt_embeds, negative_prompt_embeds)
+                    latents, prompt_embeds, negative_prompt_embeds = self._call_back(
+                        callback_on_step_end,
+                        i,
+                        t,
+                        callback_on_step_end_tensor_inputs,
+                        dict(zip(self._callback_tensor_inputs, tensors)),
+                    )
+                if self.interrupt:
+                    break
 
         # 7. Decode
         check_finite("denoising", latents)
@@ -639,9 +713,9 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         if output_type == "mel":
             audio = audio.squeeze(1)[:, : self._num_frames(audio_length_in_s)]
         elif output_type != "latent":
-            audio = self.mel_spectrogram_to_waveform(audio)
-            check_finite("the vocoder", audio)
-            audio = audio[:, : round(audio_length_in_s * self.vocoder.config.sampling_rate)]
+            audio = self.mel_spectrogram_to_waveform(audio, audio_length_in_s)
+            check_finite("the vocoder", audio, dtype=self.vocoder.dtype)
+        audio = audio.float().cpu()
         if output_type == "np":
             audio = audio.numpy()
 
@@ -651,9 +725,18 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline, StableDiffusionMixin
         return AudioPipelineOutput(audios=audio)
 
 
+def _own_size(unet: ModelMixin, name: str, argument: str) -> int:
+    """The height of the latents for which a UNet was made."""
+    sample_size = unet.config.sample_size
+    if sample_size is None:
+        raise ValueError(f"`{argument}` must be given: `{name}.config.sample_size` is None, so there is no default.")
+    return sample_size if isinstance(sample_size, int) else sample_size[0]
+
+
 def _tokenize(tokenizer: Any, texts: list[str], max_length: int, device: torch.device) -> Any:
     inputs = tokenizer(texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
-    longest = max(len(ids) for ids in tokenizer(texts).input_ids)
+    # Not `verbose`: transformers would warn of errors that cutting the text prevents.
+    longest = max(len(ids) for ids in tokenizer(texts, verbose=False).input_ids)
     if longest > max_length:
         logger.warning(f"A text of {longest} tokens was cut to the {max_length} that the text encoder takes.")
     return inputs.to(device)

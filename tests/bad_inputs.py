@@ -171,12 +171,17 @@ def wrong_tensors(*shape: int) -> st.SearchStrategy:
     return st.one_of(others, st.sampled_from(kinds), oddities, st.lists(st.floats(), max_size=3))
 
 
+def is_picture(shape: tuple[int, ...]) -> bool:
+    """Whether arrays of this shape are grey or coloured pictures, or a batch of them."""
+    return len(shape) == 2 or (len(shape) in (3, 4) and shape[-1] in (1, 3, 4))
+
+
 def wrong_pictures() -> st.SearchStrategy:
     arrays = st.tuples(shapes, st.sampled_from(["uint8", "float32", "int64", "bool", "complex64", "object"]))
     arrays = arrays.map(lambda drawn: np.zeros(*drawn))
-    arrays = arrays.filter(lambda array: array.dtype not in (np.uint8, np.float32) or array.shape[-1:] != (3,))
+    arrays = arrays.filter(lambda array: array.dtype not in (np.uint8, np.float32) or not is_picture(array.shape))
     levels = st.sampled_from([math.nan, math.inf, -1.0, 1.5, 255.0]).map(lambda level: np.full((4, 4, 3), level))
-    channels = shapes.filter(lambda shape: len(shape) < 3 or 3 not in shape).map(torch.zeros)
+    channels = shapes.filter(lambda shape: len(shape) < 3 or shape[-3] not in (1, 3, 4)).map(torch.zeros)
     kinds = st.sampled_from([[], "picture.png", Path("picture.png"), PIL.Image.new("RGB", (0, 4)), [[]], [None]])
     return st.one_of(arrays, levels, channels, kinds, oddities, st.integers())
 

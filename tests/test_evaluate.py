@@ -128,6 +128,7 @@ def test_each_system_gets_its_own_picture_and_prompt(complete, checkpoint, tripl
     assert len({waveform.tobytes() for waveform in found.values()}) == 4 and described
 
 
+@torch.no_grad()
 def test_reference_is_the_real_clip_through_autoencoder_and_vocoder(complete, checkpoint, triplets):
     folder, _ = complete
     pipe = MelFusionPipeline.from_pretrained(checkpoint)

@@ -5,7 +5,7 @@ import time
 
 CLASSES = (
     "from diffusers import AudioPipelineOutput, AutoencoderKL, DDIMScheduler, DiffusionPipeline\n"
-    "from diffusers import StableDiffusionMixin, UNet2DConditionModel\n"
+    "from diffusers import UNet2DConditionModel\n"
     "from diffusers.models.attention_processor import Attention\n"
     "from transformers import ClapTextModelWithProjection, CLIPTextModel, CLIPTokenizer, RobertaTokenizer\n"
     "from transformers import SpeechT5HifiGan\n"

@@ -52,6 +52,21 @@ def test_exif_rotation_cmyk_16_bit_and_transparency_are_handled():
     assert prepare_image(PIL.Image.new("L", (1, 5000), 7), 8).shape == (3, 8, 8)
 
 
+def test_grey_and_transparent_arrays_are_the_pictures_that_pil_makes_of_them():
+    for mode in ("L", "RGBA"):
+        picture = photograph(4, 20, 30).convert(mode)
+        if mode == "RGBA":
+            picture.putalpha(PIL.Image.linear_gradient("L").resize(picture.size))
+        array = np.asarray(picture)
+        expected = prepare_image(picture, 16)
+        channels_first = torch.from_numpy(array.copy()).reshape(30, 20, -1).movedim(-1, 0)
+        kinds = [array, array / 255, array.reshape(30, 20, -1), channels_first, channels_first / 255, [array]]
+        kinds += [channels_first[None]] if mode == "L" else [array[None], channels_first[None]]
+        for kind in kinds:
+            (single,) = as_pil_images(kind)
+            assert single.mode == mode and torch.equal(prepare_image(single, 16), expected)
+
+
 def test_random_crops_follow_the_generator_and_stay_inside():
     picture = photograph(2, 90, 30)
     crops = [prepare_image(picture, 16, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
@@ -66,9 +81,12 @@ WRONG_IMAGES = {
     "zero side": (np.zeros((0, 8, 3), np.uint8), ValueError, "zero pixels"),
     "no batch": (np.zeros((0, 8, 8, 3), np.uint8), ValueError, "no picture"),
     "NaN": (np.full((8, 8, 3), np.nan), ValueError, "NaN"),
-    "four channels": (np.zeros((8, 8, 4), np.uint8), ValueError, r"\[height, width, 3\]"),
-    "grey": (np.zeros((8, 8), np.uint8), ValueError, r"\[height, width, 3\]"),
-    "channels last tensor": (torch.zeros(8, 8, 3), ValueError, r"\[3, height, width\]"),
+    "text": ("a waltz for piano", TypeError, r"A text is given as `prompt='a waltz for piano'`"),
+    "address": (["https://x.org/a.png"], TypeError, r"diffusers\.utils\.load_image\('https://x\.org/a\.png'\)"),
+    "path object": (Path("a.png"), TypeError, r"load_image\('a\.png'\)"),
+    "two channels": (np.zeros((8, 8, 2), np.uint8), ValueError, r"\[height, width, 1, 3 or 4\]"),
+    "one axis": (np.zeros(8, np.uint8), ValueError, r"\[height, width\] or"),
+    "channels last tensor": (torch.zeros(8, 8, 3), ValueError, r"\[1, 3 or 4, height, width\]"),
     "0..255 float": (np.full((8, 8, 3), 200.0), ValueError, r"\[0, 1\]"),
     "-1..1 tensor": (torch.full((3, 8, 8), -0.5), ValueError, r"\[0, 1\]"),
     "int64": (np.zeros((8, 8, 3), np.int64), TypeError, "uint8"),

@@ -1,7 +1,10 @@
+import ast
+import inspect
 import json
 import math
 from dataclasses import replace
 
+import diffusers
 import numpy as np
 import PIL.Image
 import pytest
@@ -16,9 +19,15 @@ from diffusers import (
     LMSDiscreteScheduler,
     PNDMScheduler,
 )
+from diffusers.callbacks import (
+    MultiPipelineCallbacks,
+    PipelineCallback,
+    SDCFGCutoffCallback,
+    SDXLCFGCutoffCallback,
+)
 from untrained import music_unet, picture_unet
 
-from melfusion_pipeline import ImageFeatures, MelFusionPipeline, VisualSynapse
+from melfusion_pipeline import ImageFeatures, MelFusionPipeline, VisualSynapse, pictures_melfusion
 
 PROMPTS = ["a calm piano", "loud drums and a bass"]
 FAST = {"num_inference_steps": 2, "num_inversion_steps": 2, "guidance_scale": 3.0}
@@ -177,6 +186,29 @@ def test_the_waveform_is_exactly_as_long_as_asked(pipe, image, seconds):
     assert mel.shape == (1, math.ceil(round(seconds * 100, 6)), 8)
 
 
+@torch.no_grad()
+def test_lengths_and_rates_have_names_and_the_vocoders_tail_is_cut(pipe):
+    assert pipe.sampling_rate == 16000 and pipe.default_audio_length_in_s == pytest.approx(0.32)
+    mel = torch.randn(2, 1, 12, 8)
+    raw = pipe.vocoder(mel.squeeze(1))
+    assert raw.shape[1] > 12 * 160
+    assert torch.equal(pipe.mel_spectrogram_to_waveform(mel), raw[:, : 12 * 160])
+    assert torch.equal(pipe.mel_spectrogram_to_waveform(mel.squeeze(1), 0.0753), raw[:, :1205])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_of_every_output_type_are_float32_on_the_cpu_and_go_on(components, dtype):
+    pipe = MelFusionPipeline(**components).to(dtype)
+    pipe.set_progress_bar_config(disable=True)
+    found = {kind: run(pipe, None, PROMPTS[0], output_type=kind) for kind in ("pt", "mel", "latent")}
+    assert {(audio.dtype, audio.device.type) for audio in found.values()} == {(torch.float32, "cpu")}
+    with torch.no_grad():
+        assert torch.equal(pipe.mel_spectrogram_to_waveform(found["mel"]), found["pt"])
+        mel = pipe.decode_latents(found["latent"]).squeeze(1).float()
+    assert (mel - found["mel"]).abs().max() <= 0.02 * found["mel"].abs().max()
+
+
+@torch.no_grad()
 def test_output_types_and_return_dict(pipe, image):
     audio = run(pipe, image, PROMPTS[0])
     tensor = run(pipe, image, PROMPTS[0], output_type="pt")
@@ -236,6 +268,62 @@ def test_a_callback_can_change_latents_prompts_and_guidance_and_interrupt(pipe, 
     assert [(step, rows) for step, _, rows in seen] == [(0, 4), (1, 4), (2, 2)]
 
 
+def test_the_callbacks_of_diffusers_name_their_tensors_themselves(pipe, image):
+    seen = []
+
+    class Watch(PipelineCallback):
+        tensor_inputs = ["latents", "negative_prompt_embeds"]
+
+        def callback_fn(self, pipe, step, timestep, tensors):
+            seen.append((step, len(tensors["prompt_embeds"]), tensors["negative_prompt_embeds"] is None))
+            return tensors
+
+    class WatchPrompts(Watch):
+        tensor_inputs = ["prompt_embeds", "negative_prompt_embeds"]
+
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    kwargs = {"num_inference_steps": 4, "output_type": "latent"}
+    cut = run(pipe, image, PROMPTS[0], callback_on_step_end=MultiPipelineCallbacks([cutoff, WatchPrompts()]), **kwargs)
+    assert seen == [(0, 2, False), (1, 1, False), (2, 1, False), (3, 1, False)] and pipe.guidance_scale == 0.0
+    assert torch.equal(cut, run(pipe, image, PROMPTS[0], callback_on_step_end=cutoff, **kwargs))
+    whole, unguided = (run(pipe, image, PROMPTS[0], guidance_scale=scale, **kwargs) for scale in (3.0, 1.0))
+    assert (cut - whole).abs().max() > 1e-4 and (cut - unguided).abs().max() > 1e-4
+
+
+def test_a_callback_that_leaves_too_few_embeddings_is_told_so(pipe, image):
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    for prompt, kwargs, need in (
+        (PROMPTS, {}, "2 waveforms in 1 guidance branches need 2"),
+        (PROMPTS[0], {"image_guidance_scale": 2.0}, "1 waveforms in 3 guidance branches need 3"),
+    ):
+        with pytest.raises(ValueError, match=f"left `prompt_embeds` with 1 rows, but {need}"):
+            run(pipe, image, prompt, callback_on_step_end=cutoff, **kwargs)
+    sdxl = SDXLCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    with pytest.raises(ValueError, match="`callback_on_step_end_tensor_inputs` must be one of .* 'add_text_embeds'"):
+        run(pipe, image, PROMPTS[0], callback_on_step_end=sdxl)
+
+
+@pytest.mark.parametrize("image_guidance_scale", [None, 2.0])
+def test_a_callback_may_change_the_negative_prompt(pipe, image, image_guidance_scale):
+    kwargs = {"image_guidance_scale": image_guidance_scale, "output_type": "latent", "num_waveforms_per_prompt": 2}
+    _, other = pipe.encode_prompt(PROMPTS, "noise")
+    other = other.repeat_interleave(2, dim=0)
+    rows = []
+
+    def change(pipe, step, timestep, tensors):
+        rows.append(tensors["prompt_embeds"])
+        return {"negative_prompt_embeds": other} if step == 0 else tensors
+
+    names = ["prompt_embeds", "negative_prompt_embeds"]
+    latents = run(
+        pipe, image, PROMPTS, callback_on_step_end=change, callback_on_step_end_tensor_inputs=names, **kwargs
+    )
+    branches = rows[1].chunk(2 if image_guidance_scale is None else 3)
+    assert all(torch.equal(branch, other) for branch in branches[:-1])
+    assert torch.equal(branches[-1], rows[0].chunk(len(branches))[-1])
+    assert not torch.equal(latents, run(pipe, image, PROMPTS, **kwargs))
+
+
 def test_encode_prompt_alone_gives_what_a_call_takes(pipe, image):
     prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(PROMPTS, "noise")
     torch.testing.assert_close(prompt_embeds.norm(dim=-1), torch.ones(2))
@@ -246,18 +334,86 @@ def test_encode_prompt_alone_gives_what_a_call_takes(pipe, image):
     assert np.array_equal(run(pipe, image, num_waveforms_per_prompt=2, **kwargs), expected)
 
 
-def test_long_prompts_are_cut_with_a_warning(pipe, caplog):
-    import diffusers
+def test_encode_prompt_returns_plain_names_and_gradients_are_off_where_calls_begin():
+    """diffusers' battery of behaviours reads the names that `encode_prompt` returns from its source."""
+    tree = ast.parse(inspect.getsource(inspect.getmodule(MelFusionPipeline)))
+    methods = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    returned = [node.value for node in ast.walk(methods["encode_prompt"]) if isinstance(node, ast.Return)]
+    assert [ast.unparse(value) for value in returned] == ["(prompt_embeds, negative_prompt_embeds)"]
+    decorators = {name: [ast.unparse(single) for single in node.decorator_list] for name, node in methods.items()}
+    without_gradients = {name for name, found in decorators.items() if "torch.no_grad()" in found}
+    assert without_gradients == {"__call__", "encode_prompt", "encode_image", "encode_image_prompt"}
 
+
+def test_long_prompts_are_cut_with_one_warning(pipe, caplog, capfd):
     diffusers.utils.logging.enable_propagation()
-    run(pipe, None, "very long " * 100)
+    run(pipe, None, "very long " * 100, guidance_scale=1.0)
     diffusers.utils.logging.disable_propagation()
-    assert "was cut to the 77" in caplog.text
+    assert [record.message for record in caplog.records] == [
+        "A text of 1002 tokens was cut to the 77 that the text encoder takes."
+    ]
+    assert "indexing errors" not in capfd.readouterr().err
+
+
+def test_a_long_negative_prompt_is_cut_to_what_the_text_encoder_takes(components):
+    """AudioLDM's text encoder takes as many tokens as its embeddings are wide, the bundled one fewer."""
+    config = components["text_encoder"].config
+    config.max_position_embeddings = 22
+    components["text_encoder"] = type(components["text_encoder"])(config).eval()
+    components["tokenizer"].model_max_length = 20
+    pipe = MelFusionPipeline(**components)
+    pipe.set_progress_bar_config(disable=True)
+    assert np.isfinite(run(pipe, None, PROMPTS[0], negative_prompt="very long noise " * 20)).all()
+
+
+def test_the_unets_own_sizes_may_be_tuples_or_missing(components, image):
+    def sized(sample_size, image_sample_size):
+        unets = {
+            "unet": music_unet(sample_size=sample_size),
+            "image_unet": picture_unet(sample_size=image_sample_size),
+        }
+        for name, unet in unets.items():
+            unet.load_state_dict(components[name].state_dict())
+        pipe = MelFusionPipeline(**{**components, **{name: unet.eval() for name, unet in unets.items()}})
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    expected = run(sized(8, 8), image, PROMPTS[0])
+    pipe = sized((8, 2), [8, 8])
+    assert pipe.default_audio_length_in_s == pytest.approx(0.32) and pipe.default_image_size == 32
+    assert np.array_equal(run(pipe, image, PROMPTS[0]), expected)
+    pipe = sized(None, None)
+    with pytest.raises(ValueError, match=r"`audio_length_in_s` must be given: `unet\.config\.sample_size` is None"):
+        run(pipe, image, PROMPTS[0])
+    with pytest.raises(ValueError, match=r"`image_size` must be given: `image_unet\.config\.sample_size` is None"):
+        run(pipe, image, PROMPTS[0], audio_length_in_s=0.32)
+    assert np.array_equal(run(pipe, image, PROMPTS[0], audio_length_in_s=0.32, image_size=32), expected)
+
+
+def test_a_picture_is_looked_at_once_and_recorded_steps_are_looked_up_before_the_first_pass(pipe, monkeypatch):
+    events = []
+
+    def watched(module, name):
+        function = getattr(module, name)
+
+        def watch(*args, **kwargs):
+            events.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watch)
+
+    for module, name in (
+        (pictures_melfusion, "_as_pil_image"),
+        (pictures_melfusion, "to_rgb"),
+        (ImageFeatures, "nearest"),
+        (pipe, "_predict_noise"),
+    ):
+        watched(module, name)
+    run(pipe, [photograph(1), photograph(2)], PROMPTS, num_inference_steps=3)
+    assert events == ["_as_pil_image"] * 2 + ["to_rgb"] * 2 + ["nearest"] + ["_predict_noise"] * 3
 
 
 def test_a_call_unlike_the_training_warns(pipe, image, caplog):
-    import diffusers
-
     pipe.synapse.register_to_config(image_latents="inversion", num_inversion_steps=2, image_size=32)
     diffusers.utils.logging.enable_propagation()
     run(pipe, image, PROMPTS[0])
@@ -298,8 +454,7 @@ def test_half_precision_runs_close_to_full(components, image, dtype):
     pipe.set_progress_bar_config(disable=True)
     expected = run(pipe, image, PROMPTS[0], output_type="latent")
     latents = run(pipe.to(dtype), image, PROMPTS[0], output_type="latent")
-    assert latents.dtype == dtype
-    assert (latents.float() - expected).abs().max() < 0.1 * expected.abs().max()
+    assert (latents - expected).abs().max() < 0.1 * expected.abs().max()
     audio = run(pipe, image, PROMPTS[0])
     assert audio.dtype == np.float32 and np.isfinite(audio).all()
 
@@ -350,13 +505,24 @@ def test_the_stages_run_apart(components, image):
 
 
 def test_without_an_image_text_encoder_the_picture_is_conditioned_on_zeros_with_a_warning(pipe, image, caplog):
-    import diffusers
-
     pipe.image_text_encoder = None
     diffusers.utils.logging.enable_propagation()
     assert np.isfinite(run(pipe, image, PROMPTS[0])).all()
     diffusers.utils.logging.disable_propagation()
     assert "conditioned on zeros" in caplog.text
+
+
+@pytest.mark.parametrize(("scheduler", "passes"), [(PNDMScheduler, 13), (HeunDiscreteScheduler, 7)])
+def test_the_progress_bar_counts_the_passes_of_the_unet(pipe, capsys, scheduler, passes):
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=False)
+    run(pipe, None, PROMPTS[0], num_inference_steps=4)
+    assert f"{passes}/{passes}" in capsys.readouterr().err and pipe.num_timesteps == passes
+
+
+def test_nothing_is_promised_that_does_not_work(pipe):
+    for name in ("fuse_qkv_projections", "unfuse_qkv_projections", "enable_freeu", "disable_freeu"):
+        assert not hasattr(pipe, name)
 
 
 def test_progress_bars_can_be_seen_and_silenced(pipe, image, capsys):
@@ -429,6 +595,52 @@ REFUSED = {
 }
 
 
+TRAINED = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
+REFUSED_SCHEDULERS = {
+    "FlowMatchEulerDiscreteScheduler": {},
+    "FlowMatchHeunDiscreteScheduler": {},
+    "EDMEulerScheduler": {},
+    "EDMDPMSolverMultistepScheduler": {},
+    "IPNDMScheduler": {},
+    "CMStochasticIterativeScheduler": {},
+    "UniPCMultistepScheduler": {**TRAINED, "use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+    "EulerDiscreteScheduler": {**TRAINED, "timestep_type": "continuous", "prediction_type": "v_prediction"},
+    "DDIMInverseScheduler": TRAINED,
+    "DPMSolverMultistepInverseScheduler": TRAINED,
+    "RePaintScheduler": {"beta_schedule": "linear"},
+    "CogVideoXDPMScheduler": TRAINED,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_SCHEDULERS)
+def test_schedulers_that_cannot_work_are_refused_by_name(strict_pipe, name):
+    scheduler = getattr(diffusers, name)(**REFUSED_SCHEDULERS[name])
+    pipe = MelFusionPipeline(**{**strict_pipe.components, "scheduler": scheduler})
+    with pytest.raises(ValueError, match=f"^`scheduler` is a {name}, "):
+        pipe(prompt="a piano", **FAST)
+    if not hasattr(scheduler, "alphas_cumprod"):
+        pipe = MelFusionPipeline(**{**strict_pipe.components, "image_scheduler": scheduler})
+        with pytest.raises(ValueError, match=f"^`image_scheduler` is a {name}, "):
+            pipe(photograph(), "a piano", **FAST)
+        with pytest.raises(ValueError, match=f"^`image_scheduler` is a {name}, "):
+            pipe.encode_image(photograph(), num_inversion_steps=2)
+
+
+def test_a_text_or_a_path_in_place_of_the_picture_shows_the_right_call(strict_pipe):
+    with pytest.raises(TypeError, match="A text is given as `prompt='a waltz for piano'`"):
+        strict_pipe("a waltz for piano")
+    with pytest.raises(TypeError, match=r"`image=diffusers\.utils\.load_image\('harbour\.jpg'\)`"):
+        strict_pipe("harbour.jpg", "a waltz for piano")
+
+
+def test_check_inputs_takes_names_only_and_says_what_it_refuses_and_returns(strict_pipe):
+    parameters = inspect.signature(strict_pipe.check_inputs).parameters.values()
+    assert {parameter.kind for parameter in parameters} == {inspect.Parameter.KEYWORD_ONLY}
+    assert all(part in strict_pipe.check_inputs.__doc__ for part in ("Refused are", "Returns:", "Raises:"))
+    call = inspect.signature(strict_pipe.__call__).parameters
+    assert {parameter.name for parameter in parameters} == call.keys() - {"return_dict"}
+
+
 @pytest.fixture(scope="module")
 def strict_pipe() -> MelFusionPipeline:
     """A pipeline whose models must not run: input is refused before."""
@@ -443,7 +655,7 @@ def test_wrong_input_is_refused_before_any_model_runs(strict_pipe, case):
 
 
 def test_wrong_pictures_are_refused_before_any_model_runs(strict_pipe):
-    for image in (np.full((8, 8, 3), np.nan), np.zeros((8, 8, 4)), PIL.Image.new("RGB", (0, 4)), "picture.png"):
+    for image in (np.full((8, 8, 3), np.nan), np.zeros((8, 8, 2)), PIL.Image.new("RGB", (0, 4)), "picture.png"):
         with pytest.raises((ValueError, TypeError), match="`image`"):
             strict_pipe(image, "a piano")
         with pytest.raises((ValueError, TypeError), match="`image`"):
@@ -520,6 +732,18 @@ def test_damaged_weights_are_reported_with_the_stage_where_they_show(pipe, image
             parameter.fill_(math.nan)
     with pytest.raises(FloatingPointError, match=f"appeared in {stage}"):
         run(pipe, image, PROMPTS[0])
+
+
+@pytest.mark.parametrize("component", ["unet", "vocoder"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16_on_processors_with_amx_is_named_as_a_cause(pipe, component, dtype):
+    getattr(pipe, component).to(dtype)
+    with torch.no_grad():
+        for parameter in getattr(pipe, component).parameters():
+            parameter.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match=str(dtype)) as error:
+        run(pipe, None, PROMPTS[0])
+    assert ("ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16" in str(error.value)) == (dtype == torch.bfloat16)
 
 
 # ------------------------------------------------------------------------------------------- defaults of a checkpoint

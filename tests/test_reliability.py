@@ -84,15 +84,9 @@ def test_calls_in_several_threads_give_what_they_give_one_after_the_other(pipe, 
 
 
 def test_without_the_lock_threads_would_disturb_each_other(pipe, monkeypatch):
-    """The test above can fail: with a lock that locks nothing, results change or calls break."""
-
-    class NoLock:
-        def __enter__(self): ...
-
-        def __exit__(self, *_): ...
-
+    """The test above can fail: without locks, results change or calls break."""
     expected = [run(pipe, **call) for call in CALLS]
-    monkeypatch.setattr(MelFusionPipeline, "_lock", NoLock())
+    monkeypatch.setattr(MelFusionPipeline, "_component_locks", lambda self: [])
     for _ in range(5):
         try:
             results = run_in_threads([pipe])
@@ -101,6 +95,24 @@ def test_without_the_lock_threads_would_disturb_each_other(pipe, monkeypatch):
         if not all(map(np.array_equal, results, expected)):
             return
     pytest.fail("calls at the same time gave the right results without a lock")
+
+
+@pytest.mark.parametrize("shared", [None, "scheduler", "image_unet"])
+def test_only_pipelines_that_share_a_component_wait_for_each_other(pipe, shared):
+    """Two calls meet in their callbacks if neither waits for the other, as on two GPUs."""
+    other = copy.deepcopy(pipe)
+    if shared:
+        other.register_modules(**{shared: getattr(pipe, shared)})
+    barrier = threading.Barrier(2)
+
+    def meet(*_):
+        barrier.wait(timeout=2 if shared else 60)
+
+    with ThreadPoolExecutor(2) as threads:
+        calls = [threads.submit(run, each, **CALLS[0], callback_on_step_end=meet) for each in (pipe, other)]
+        errors = [call.exception() for call in calls]
+    assert [type(error) for error in errors] == [threading.BrokenBarrierError if shared else type(None)] * 2
+    assert not own_processors(pipe) and not own_processors(other)
 
 
 def test_pictures_encoded_in_threads_while_music_is_made_are_the_same(pipe):
@@ -123,7 +135,7 @@ def test_a_callback_may_call_the_pipeline_again(pipe):
     assert np.isfinite(run(pipe, **CALLS[0], callback_on_step_end=call_again)).all() and len(nested) == 4
 
 
-def test_pipelines_are_copied_pickled_and_saved_with_their_lock(pipe, tmp_path):
+def test_pipelines_are_copied_pickled_and_saved_in_spite_of_their_locks(pipe, tmp_path):
     expected = run(pipe, **CALLS[0])
     pipe.save_pretrained(tmp_path)
     for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe)), MelFusionPipeline.from_pretrained(tmp_path)):

@@ -36,6 +36,7 @@ VOCODER_ERROR = 0.8
 AUTOENCODER_PSNR, ROUND_TRIP_PSNR = 21.0, 34.0
 
 
+@torch.no_grad()
 def make(pipe: MelFusionPipeline, picture: str, prompt: str, **changes) -> tuple[torch.Tensor, np.ndarray]:
     """The log-mel spectrogram `[frames, 64]` and the waveform `[T]` of one clip."""
     image = PIL.Image.open(ROOT / "examples" / "images" / f"{picture}.jpg")
@@ -119,6 +120,7 @@ def test_the_vocoder_says_what_the_spectrogram_shows(clips):
     assert np.mean(errors) < VOCODER_ERROR, errors
 
 
+@torch.no_grad()
 def test_the_inversion_finds_the_way_back(pipe):
     images = [PIL.Image.open(ROOT / "examples" / "images" / f"{picture}.jpg") for picture in PICTURES]
     own = decode(pipe, pipe.prepare_image_latents(images))

@@ -1,6 +1,9 @@
 """The rule, the music, the measurements and the loop from which the small checkpoint is made."""
 
 import json
+import os
+import subprocess
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -289,3 +292,33 @@ def test_story_screens_are_read_with_their_music():
 
 def test_a_scenario_without_music_has_no_triplets():
     assert read_screens(SCENARIO.replace("wanderer.ogg", "").replace("music=sad.ogg", "")) == []
+
+
+# A convolution as in the small checkpoint's music UNet, its output one column wide.
+NARROW_CONVOLUTION = """
+import torch
+torch.set_num_threads(2)
+torch.manual_seed(0)
+convolution, inputs = torch.nn.Conv2d(96, 96, 3, stride=2, padding=1), torch.randn(2, 96, 16, 2)
+with torch.no_grad():
+    expected = convolution(inputs)
+    found = convolution.bfloat16()(inputs.bfloat16()).float()
+print(float((found - expected).abs().max() / expected.abs().max()))
+"""
+SETUPS = {
+    "the small checkpoint's stages": "import training_loop; training_loop.stage_parser('', 1, 1, 1.0)",
+    "train_melfusion.py": "import train_melfusion as script; script.make_accelerator(script.parse_arguments(["
+    "'--train_data=' + script.__file__, '--output_dir=y', '--mixed_precision=bf16',"
+    "'--pretrained_model_name_or_path=z']))",
+}
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_training_in_bfloat16_computes_narrow_convolutions_also_on_processors_with_amx(setup):
+    """Without the environment variable that the scripts set, the error there is as large as the values."""
+    environment = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-c", f"import os\n{SETUPS[setup]}\n{NARROW_CONVOLUTION}"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.splitlines()[-1]) < 0.02

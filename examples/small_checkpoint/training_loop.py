@@ -13,7 +13,9 @@ CHECKPOINT_INTERVAL = 180.0
 
 
 def stage_parser(description: str, steps: int, batch_size: int, learning_rate: float) -> argparse.ArgumentParser:
-    """Returns a parser with the options that all training stages have."""
+    """Returns a parser with the options that all training stages have; call it before anything runs on torch."""
+    # On processors with AMX, torch 2.13 computes bfloat16 convolutions with narrow outputs wrongly.
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("build/small/data"), help="folder that build_data.py wrote")
     parser.add_argument("--output", type=Path, default=Path("build/small"), help="gets components/, state/ and cache/")
