@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # On Linux a bare `torch` is the CUDA build, gigabytes of it; `make demo TORCH=torch` takes that one.
 TORCH ?= torch==2.13.0
 MARKS ?= not slow and not browser
+# Tests of one file share what is expensive to build: a file stays with one of the processes.
+WORKERS ?= 2
 MODULES := $(subst /,.,$(basename $(wildcard melfusion_pipeline/[a-z]*.py)))
 
 .PHONY: demo docs test test-browser test-slow lint clean
@@ -13,7 +15,7 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/test.installed lint
-	$(BIN)/python -m pytest -m "$(MARKS)"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=20 -m "$(MARKS)"
 
 test-browser: $(VENV)/test.installed
 	$(BIN)/python -m pytest -m browser

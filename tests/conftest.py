@@ -6,6 +6,15 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+# Read when torch is imported, here and in the processes that tests start. Tiny tensors gain nothing from threads: they
+# wait for one another in busy loops, which is several times the work where the cores are shared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing in the tests may reach the network; tests that need a Hub start a loopback one and point to it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if os.environ.get("ATEN_CPU_CAPABILITY") == "default":
+    # torch asks oneDNN whether the processor packs bfloat16, and fails where its own kernels were told not to.
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+
 import diffusers.utils.dynamic_modules_utils
 import huggingface_hub
 import numpy as np
@@ -19,10 +28,21 @@ from untrained import untrained_components
 
 from melfusion_pipeline import MelFusionPipeline
 
-# Nothing in the tests may reach the network; tests that need a Hub start a loopback one and point to it.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Tiny tensors gain nothing from threads, and lose much where the cores are shared.
-torch.set_num_threads(1)
+
+def rounding_error(expected, steps: int = 1000) -> float:
+    """How far apart two computations of `expected` may come out: so many steps of its dtype at its largest value.
+
+    Kernels differ from processor to processor and with the size of the batch, and a small difference of large values
+    carries the error of the large ones: neither an absolute bound nor one relative to each element holds everywhere.
+    """
+    expected = torch.as_tensor(expected)
+    return steps * torch.finfo(expected.dtype).eps * expected.abs().max().item()
+
+
+def assert_near(actual, expected, steps: int = 1000) -> None:
+    """Checks that two computations of the same thing agree up to `rounding_error`; their dtypes must be the same."""
+    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
+    torch.testing.assert_close(actual, expected, atol=rounding_error(expected, steps), rtol=0)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import photograph
+from conftest import assert_near, photograph
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,7 +91,8 @@ def test_blending_equals_a_textbook_implementation(projection: str, position: st
                 value_map,
                 mask[row] if position == "text with mask" else None,
             )
-            assert (output[row] - expected).abs().max() < 1e-6
+            # The matrix that pools is float32.
+            assert_near(output[row].float(), expected.float(), steps=10)
 
 
 def test_a_padded_text_does_not_depend_on_its_batch_mates():
@@ -107,10 +108,10 @@ def test_a_padded_text_does_not_depend_on_its_batch_mates():
     mask[0, :, 4:] = -10000.0
     together = attn(hidden_states, text, mask)
     alone = attn(hidden_states[:1], text[:1], mask[:1])
-    torch.testing.assert_close(together[:1], alone)
+    assert_near(together[:1], alone)
     padding = text.clone()
     padding[0, 4:] += 100
-    torch.testing.assert_close(attn(hidden_states, padding, mask)[0], together[0])
+    assert_near(attn(hidden_states, padding, mask)[0], together[0])
 
 
 def blend_inputs(unet: UNet2DConditionModel, batch_size: int = 2) -> dict:
@@ -159,7 +160,7 @@ def test_what_a_layer_does_beside_attending_is_kept(alpha: float):
         for hook in hooks:
             hook.remove()
         attn.set_processor(processor)
-        torch.testing.assert_close(attn(hidden_states, text), expected)
+        assert_near(attn(hidden_states, text), expected)
 
 
 def test_every_layer_gets_its_own_alpha_keys_and_values():
@@ -213,7 +214,7 @@ def test_recording_leaves_the_output_bitwise_unchanged_and_records_the_layers_ow
         for index, side in enumerate(("to_k", "to_v")):
             own = projected[layer, side]
             pooled = torch.stack([textbook_pool(row, min(len(row), 1024)) for row in own])
-            torch.testing.assert_close(recorded[layer][index], pooled)
+            assert_near(recorded[layer][index], pooled)
     with pytest.raises(RuntimeError, match="No keys and values were recorded"):
         recorders.collect()
 
@@ -310,8 +311,8 @@ def test_gradient_checkpointing_gives_the_same_gradients():
             unet(**inputs).sample.square().mean().backward()
         gradients.append([alpha.grad.clone(), *(parameter.grad.clone() for parameter in unet.parameters())])
     assert gradients[0][0].abs() > 1e-6
-    for plain, checkpointed in zip(*gradients):
-        torch.testing.assert_close(plain, checkpointed, atol=1e-6, rtol=1e-5)
+    # Together: the gradients of some parameters are zero but for rounding.
+    assert_near(*(torch.cat([each.flatten() for each in computed]) for computed in gradients))
 
 
 class CompileCounter:
@@ -339,7 +340,7 @@ def test_compiled_unets_run_as_one_graph_without_recompilation():
                     blenders.read(*reading)
                     inputs = blend_inputs(unet) | {"timestep": torch.tensor(100 * step)}
                     output = compiled(**inputs).sample
-                    torch.testing.assert_close(output, unet(**inputs).sample, atol=1e-4, rtol=1e-4)
+                    assert_near(output, unet(**inputs).sample)
     assert counter.graphs == 1
 
     counter = CompileCounter()
@@ -350,9 +351,9 @@ def test_compiled_unets_run_as_one_graph_without_recompilation():
         for step in range(4):
             inputs = (torch.randn(1, 4, 8, 8), torch.tensor(100 * step), torch.randn(1, 5, 24))
             output, recorded = compiled(*inputs).sample, recorders.collect()
-            torch.testing.assert_close(output, image_unet(*inputs).sample, atol=1e-4, rtol=1e-4)
+            assert_near(output, image_unet(*inputs).sample)
             for layer, (key, _) in recorders.collect().items():
-                torch.testing.assert_close(recorded[layer][0], key, atol=1e-4, rtol=1e-4)
+                assert_near(recorded[layer][0], key)
     assert counter.graphs == 1
 
 

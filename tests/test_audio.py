@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import assert_near, rounding_error
 from diffusers import AutoencoderKL
 from full_disk import on_a_full_disk
 
@@ -131,7 +132,7 @@ def test_log_mel_on_a_device_without_float64_and_under_autocast(monkeypatch):
 def test_normalize_waveform_sets_mean_and_peak_and_keeps_silence():
     waveform = torch.tensor([[0.2, 0.3, 0.9, 0.2], [0.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 1e-6, 0.0]])
     normalized = normalize_waveform(waveform)
-    assert torch.allclose(normalized.mean(dim=-1), torch.zeros(4), atol=1e-7)
+    assert normalized.mean(dim=-1).abs().max() < rounding_error(normalized, 10)
     assert torch.allclose(normalized.abs().amax(dim=-1), torch.tensor([0.5, 0.0, 0.0, 0.5]))
     assert torch.equal(normalized[1:3], torch.zeros(2, 4))
     constant = torch.full((163840,), 0.3)
@@ -178,7 +179,7 @@ def test_load_audio_reads_only_the_wanted_frames(tmp_path, suffix):
     for start in (0.0, 0.3, 3.3):
         part, rate = load_audio(path, start=start, duration=2.0)
         assert rate == 44100 and part.shape == (2, 88200)
-        assert torch.allclose(part, whole[:, round(start * 44100) :][:, :88200], rtol=0, atol=1e-5)
+        assert_near(part, whole[:, round(start * 44100) :][:, :88200])
     assert load_audio(path, start=5.5, duration=2.0)[0].shape == (2, 22050)
     with pytest.raises(ValueError, match="holds no samples at 7.0 s"):
         load_audio(path, start=7.0)
@@ -196,7 +197,7 @@ def test_the_sound_of_films_is_read_from_any_moment(tmp_path, name, priming):
     for start in (0.0, 0.3, 0.7, 3.3):
         part, _ = load_audio(tmp_path / name, start, 2.0)
         assert part.shape == (2, 88200)
-        assert torch.allclose(part, whole[:, round(start * 44100) :][:, :88200], rtol=0, atol=1e-6)
+        assert_near(part, whole[:, round(start * 44100) :][:, :88200], steps=10)
     assert torch.equal(load_audio(tmp_path / name, 5.5)[0], load_audio(tmp_path / name, 5.5, 9.0)[0])
     for start in (7.0, 1e300):
         with pytest.raises(ValueError, match=f"{name}' holds no samples at"):
@@ -253,10 +254,10 @@ def test_waveform_to_latents_equals_the_steps_written_out(vae):
     expected = vae.encode(mel).latent_dist
     latents = waveform_to_latents(stereo, 16000, vae, audio_length_in_s=2.56)
     assert latents.shape == (1, 8, 64, 16) and latents.dtype == torch.float32
-    assert torch.allclose(latents, expected.mode() * 0.9, atol=1e-4)
+    assert_near(latents, expected.mode() * 0.9)
     arguments = {"audio_length_in_s": 2.56, "sample_mode": "sample"}
     sampled = waveform_to_latents(stereo, 16000, vae, generator=torch.Generator().manual_seed(3), **arguments)
-    assert torch.allclose(sampled, expected.sample(torch.Generator().manual_seed(3)) * 0.9, atol=1e-4)
+    assert_near(sampled, expected.sample(torch.Generator().manual_seed(3)) * 0.9)
     assert not torch.allclose(sampled, latents, atol=1e-2)
 
 
@@ -266,10 +267,11 @@ def test_waveform_to_latents_takes_every_shape_rate_and_length(vae):
     single = waveform_to_latents(music, 44100, vae, audio_length_in_s=0.64)
     assert single.shape == (1, 8, 16, 16)
     for waveform in (music[None], music.expand(2, -1), music.expand(1, 2, -1)):
-        assert torch.allclose(waveform_to_latents(waveform, 44100, vae, audio_length_in_s=0.64), single, atol=1e-5)
+        assert_near(waveform_to_latents(waveform, 44100, vae, audio_length_in_s=0.64), single)
     batch = torch.stack([music, music.flip(0)])[:, None]
     latents = waveform_to_latents(batch, 44100, vae, audio_length_in_s=0.64)
-    assert latents.shape == (2, 8, 16, 16) and torch.allclose(latents[:1], single, atol=1e-5)
+    assert latents.shape == (2, 8, 16, 16)
+    assert_near(latents[:1], single)
     assert waveform_to_latents(music, 44100, vae).shape == (1, 8, 25, 16)
     assert waveform_to_latents(music[:10000].half(), 44100, vae).shape == (1, 8, 6, 16)
     half_vae = AutoencoderKL.from_config(vae.config).to(torch.bfloat16)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from bad_inputs import Trap
-from conftest import generator, photograph
+from conftest import assert_near, generator, photograph
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, PNDMScheduler
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from peft import LoraConfig
@@ -35,10 +35,12 @@ def play(pipe: DiffusionPipeline) -> np.ndarray:
     return pipe(photograph(), "a calm piano", **kwargs).audios
 
 
-def assert_equal_weights(one: torch.nn.Module, other: torch.nn.Module, atol: float = 1e-6) -> None:
+def assert_equal_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Saved and loaded again, weights are bit for bit what they were, rounded to the dtype they are loaded in."""
     weights = other.state_dict()
+    assert one.state_dict().keys() == weights.keys()
     for name, tensor in one.state_dict().items():
-        torch.testing.assert_close(weights[name].float(), tensor.float(), atol=atol, rtol=1e-3)
+        assert torch.equal(weights[name], tensor.to(weights[name].dtype)), name
 
 
 def booby_trap(folder: Path) -> None:
@@ -93,7 +95,7 @@ def test_a_folder_loads_and_plays_the_same_without_running_its_code(pipe, checkp
     booby_trap(checkpoint)
     loaded = MelFusionPipeline.from_pretrained(checkpoint)
     assert type(loaded.synapse) is VisualSynapse
-    np.testing.assert_allclose(play(loaded), play(pipe), atol=1e-5)
+    assert_near(play(loaded), play(pipe))
     synapse = VisualSynapse.from_pretrained(checkpoint, subfolder="synapse")
     assert_equal_weights(pipe.synapse, synapse)
 
@@ -113,13 +115,13 @@ def test_what_is_pushed_is_complete_and_loads_also_offline_and_after_pushing_aga
     assert index["_class_name"] == ["pipeline_melfusion", "MelFusionPipeline"]
     assert index["synapse"] == ["modeling_melfusion", "VisualSynapse"]
     expected = play(pipe)
-    np.testing.assert_allclose(play(MelFusionPipeline.from_pretrained("tester/melfusion")), expected, atol=1e-5)
+    assert_near(play(MelFusionPipeline.from_pretrained("tester/melfusion")), expected)
     assert_equal_weights(pipe.synapse, VisualSynapse.from_pretrained("tester/melfusion", subfolder="synapse"))
 
     with monkeypatch.context() as offline:
         offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         requests = len(hub.requests)
-        np.testing.assert_allclose(play(MelFusionPipeline.from_pretrained("tester/melfusion")), expected, atol=1e-5)
+        assert_near(play(MelFusionPipeline.from_pretrained("tester/melfusion")), expected)
         assert len(hub.requests) == requests
 
     with torch.no_grad():
@@ -136,7 +138,7 @@ def test_variants_and_passed_components(pipe, checkpoint, hub):
     for source in (checkpoint, "tester/melfusion"):
         half = MelFusionPipeline.from_pretrained(source, variant="fp16", torch_dtype=torch.float16)
         assert half.synapse.dtype == half.unet.dtype == torch.float16
-        assert_equal_weights(pipe.unet, half.unet, atol=1e-3)
+        assert_equal_weights(pipe.unet, half.unet)
         scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
         synapse = VisualSynapse.from_unets(pipe.image_unet, pipe.unet, projection="pool")
         passed = MelFusionPipeline.from_pretrained(source, scheduler=scheduler, synapse=synapse)
@@ -446,14 +448,14 @@ def play(pipe):
 expected = np.load("expected.npy")
 source = sys.argv[1]
 pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
-np.testing.assert_allclose(play(pipe), expected, atol=1e-5)
+np.testing.assert_allclose(play(pipe), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 half = DiffusionPipeline.from_pretrained(source, trust_remote_code=True, variant="fp16", torch_dtype=torch.float16)
 assert half.synapse.dtype == torch.float16
 scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
 assert DiffusionPipeline.from_pretrained(source, trust_remote_code=True, scheduler=scheduler).scheduler is scheduler
 pipe.save_pretrained("resaved")
 pipe = DiffusionPipeline.from_pretrained("resaved", trust_remote_code=True)
-np.testing.assert_allclose(play(pipe), expected, atol=1e-5)
+np.testing.assert_allclose(play(pipe), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 with torch.no_grad():
     pipe.synapse.alphas.zero_()
 pipe.save_pretrained("resaved")
@@ -529,7 +531,7 @@ def test_a_trained_synapse_is_an_object_a_folder_a_pipeline_or_a_repository(pipe
     for synapse in sources:
         composed = MelFusionPipeline.from_base_models(*base_models, synapse=synapse)
         assert_equal_weights(pipe.synapse, composed.synapse)
-    np.testing.assert_allclose(play(composed), play(pipe), atol=1e-5)
+    assert_near(play(composed), play(pipe))
 
 
 def test_another_scheduler_and_a_whole_clap_model_are_taken_as_they_are(components, base_models):
@@ -662,7 +664,7 @@ def test_the_root_of_the_repository_points_to_the_bundled_checkpoint(pipe, check
     with pytest.raises(FileNotFoundError, match="bundled checkpoint is not there yet"):
         MelFusionPipeline.from_pretrained(root)
     pipe.save_pretrained(root / "checkpoints" / "small")
-    np.testing.assert_allclose(play(MelFusionPipeline.from_pretrained(root)), play(pipe), atol=1e-5)
+    assert_near(play(MelFusionPipeline.from_pretrained(root)), play(pipe))
 
 
 @pytest.mark.parametrize("outside", ["../checkpoint", "/checkpoint", "link"])

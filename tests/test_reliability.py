@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import generator, photograph
+from conftest import assert_near, generator, photograph
 from full_disk import contents, on_a_full_disk
 
 from melfusion_pipeline import ImageFeatures, MelFusionPipeline
@@ -141,7 +141,7 @@ def test_pipelines_are_copied_pickled_and_saved_in_spite_of_their_locks(pipe, tm
     for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe)), MelFusionPipeline.from_pretrained(tmp_path)):
         other.set_progress_bar_config(disable=True)
         assert other.unet is not pipe.unet
-        np.testing.assert_allclose(run(other, **CALLS[0]), expected, atol=1e-5)
+        assert_near(run(other, **CALLS[0]), expected)
 
 
 def test_the_lock_is_free_again_after_an_error(pipe):

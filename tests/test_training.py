@@ -1,11 +1,10 @@
 import multiprocessing
-import os
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed
-from conftest import photograph
+from conftest import assert_near, photograph
 from torch.nn.parallel import DistributedDataParallel
 from untrained import untrained_components
 
@@ -115,8 +114,8 @@ def test_gradient_checkpointing_changes_no_gradient(training_pipe, batch, tmp_pa
             objective(batch, 3).backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in objective.named_parameters()})
     assert training_pipe.unet.is_gradient_checkpointing
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)
+    # Together: the gradients of some parameters are zero but for rounding.
+    assert_near(*(torch.cat([each.flatten() for each in computed.values()]) for computed in reversed(gradients)))
 
 
 @pytest.mark.parametrize("source", ["inversion", "noising"])
@@ -127,8 +126,8 @@ def test_a_rows_loss_depends_on_seed_step_and_row_alone(training_pipe, batch, tm
         together = objective.per_sample_loss(batch, 7)
         for index in range(4):
             alone = objective.per_sample_loss(rows(batch, slice(index, index + 1)), 7)
-            torch.testing.assert_close(alone, together[index : index + 1], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(objective(batch, 7), together.mean())
+            assert_near(alone, together[index : index + 1])
+        assert_near(objective(batch, 7), together.mean())
         assert not torch.allclose(objective.per_sample_loss(batch, 8), together)
     again = objective.draw(batch["indices"], 7)
     assert torch.equal(again.timesteps, objective.draw(batch["indices"], 7).timesteps)
@@ -167,10 +166,10 @@ def test_a_dropped_picture_is_alpha_zero_and_a_dropped_text_is_empty(training_pi
             no_text = texts.per_sample_loss(batch, 0)
         plain = make_objective(training_pipe, image_dropout=0.0, text_dropout=0.0)
         with plain.attached():
-            torch.testing.assert_close(plain.per_sample_loss({**batch, "captions": [""] * 4}, 0), no_text)
+            assert_near(plain.per_sample_loss({**batch, "captions": [""] * 4}, 0), no_text)
             assert (plain.per_sample_loss(batch, 0) - without).abs().max() > 1e-5
             training_pipe.synapse.reset_parameters()
-            torch.testing.assert_close(plain.per_sample_loss(batch, 0), without)
+            assert_near(plain.per_sample_loss(batch, 0), without)
 
 
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
@@ -199,7 +198,7 @@ def test_the_loss_is_the_papers(training_pipe, batch, prediction_type, snr_gamma
             weight = 1.0 if snr_gamma is None else min(snr, torch.tensor(5.0)) / snr
             if snr_gamma is not None and prediction_type == "v_prediction":
                 weight = min(snr, torch.tensor(5.0)) / (snr + 1)
-            torch.testing.assert_close(losses[index], weight * error, atol=1e-5, rtol=1e-4)
+            assert_near(losses[index], weight * error)
 
 
 def first_picture(blenders) -> dict:
@@ -314,9 +313,8 @@ def test_caches_serve_training_in_mixed_precision(training_pipe, batch, tmp_path
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.02)
 
 
-def distributed_gradients(rank: int, port: int, folder, queue) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.distributed.init_process_group("gloo")
+def distributed_gradients(rank: int, folder, queue) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     pipe = MelFusionPipeline(**untrained_components(mel_bands=64, latent_frames=16))
     objective = make_objective(pipe, trainable="unet")
     batch = rows(make_batch(folder / str(rank), 4), slice(rank * 2, rank * 2 + 2))
@@ -336,12 +334,10 @@ def distributed_gradients(rank: int, port: int, folder, queue) -> None:
 
 def test_two_processes_train_as_one_with_twice_the_batch(training_pipe, batch, tmp_path):
     context = multiprocessing.get_context("fork")
-    queue, port = context.Queue(), 20000 + os.getpid() % 20000
+    queue = context.Queue()
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
-    processes = [
-        context.Process(target=distributed_gradients, args=(rank, port, tmp_path, queue)) for rank in range(2)
-    ]
+    processes = [context.Process(target=distributed_gradients, args=(rank, tmp_path, queue)) for rank in range(2)]
     for process in processes:
         process.start()
     results = sorted([queue.get(timeout=300) for _ in processes], key=lambda result: result[0])
@@ -355,4 +351,4 @@ def test_two_processes_train_as_one_with_twice_the_batch(training_pipe, batch, t
         objective(batch, 0).backward()
     single = torch.cat([parameter.grad.flatten() for parameter in objective.parameters()]).numpy()
     assert np.abs(single).max() > 1e-3
-    np.testing.assert_allclose(gradient, single, atol=1e-5)
+    assert_near(gradient, single)
