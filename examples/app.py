@@ -18,6 +18,7 @@ from typing import Any
 import gradio as gr
 import PIL.Image
 import torch
+from diffusers.utils.torch_utils import get_device
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import save_audio
@@ -312,7 +313,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     pipe = MelFusionPipeline.from_pretrained(arguments.checkpoint)
-    pipe.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    pipe.to(get_device())
     launch_app(build_app(pipe), arguments.host, arguments.port)
 
 

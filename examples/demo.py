@@ -12,6 +12,7 @@ import librosa
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.utils.torch_utils import get_device
 from matplotlib.figure import Figure
 
 from melfusion_pipeline import MelFusionPipeline
@@ -111,7 +112,7 @@ def format_table(rows: list[tuple[str, str, dict[str, float]]]) -> str:
 def main() -> None:
     arguments = parse_arguments()
     pipe = MelFusionPipeline.from_pretrained(arguments.checkpoint)
-    pipe.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    pipe.to(get_device())
     rule = MoodRule.load(EXAMPLES / "small_checkpoint" / "mood.json")
     arguments.output.mkdir(parents=True, exist_ok=True)
     sampling_rate = pipe.sampling_rate

@@ -30,6 +30,7 @@ from melfusion_pipeline.audio import (
 from melfusion_pipeline.data import is_silent, open_image
 from melfusion_pipeline.files_melfusion import atomic_write
 from melfusion_pipeline.pictures_melfusion import to_rgb
+from melfusion_pipeline.training import hash_weights
 
 SYSTEMS = ("melfusion", "text-only", "caption", "shuffled", "reference")
 SUFFIXES = (".flac", ".wav", ".ogg", ".mp3", *AV_SUFFIXES)
@@ -69,9 +70,7 @@ def digest_components(components: dict[str, object]) -> str:
             config = {key: value for key, value in component.config.items() if not key.startswith("_")}
             digest.update(f"{name} {json.dumps(config, sort_keys=True, default=str)}".encode())
         elif isinstance(component, torch.nn.Module):
-            for key, weight in component.state_dict().items():
-                digest.update(f"{name}.{key} {weight.dtype} {list(weight.shape)}".encode())
-                digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(name.encode() + hash_weights(component))
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import PIL.Image
 import torch
+from diffusers.utils.torch_utils import get_device
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import save_audio
@@ -35,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     pipe = MelFusionPipeline.from_pretrained(arguments.checkpoint)
-    pipe.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    pipe.to(get_device())
     mel_spectrogram = pipe(
         PIL.Image.open(arguments.image),
         arguments.prompt,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from diffusers.utils.torch_utils import get_device
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, hf_hub_url, upload_folder
 from huggingface_hub.utils import validate_repo_id
 
@@ -294,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training = read_training(args.checkpoint)
     pipe = MelFusionPipeline.from_pretrained(args.checkpoint)
     args.output.mkdir(parents=True, exist_ok=True)
-    samples = make_samples(pipe.to("cuda" if torch.cuda.is_available() else "cpu"), args)
+    samples = make_samples(pipe.to(get_device()), args)
     pipe.to("cpu", DTYPES[args.dtype]).save_pretrained(args.output)
     write_training(args.output, training["base_models"], training["facts"])
     publication = Publication(

@@ -89,7 +89,7 @@ class TrajectoryCache:
 
     def _hash_settings(self) -> bytes:
         settings = [self.levels, self.image_size, self.pipe.image_scheduler.config.prediction_type]
-        weights = _hash_weights(self.pipe.image_vae, self.pipe.image_unet, self.pipe.image_text_encoder)
+        weights = hash_weights(self.pipe.image_vae, self.pipe.image_unet, self.pipe.image_text_encoder)
         return hashlib.sha256(json.dumps(settings).encode() + weights).digest()
 
     def path(self, image_path: str) -> Path:
@@ -155,7 +155,8 @@ class TrajectoryCache:
         return torch.stack(latents), self.timesteps[steps]
 
 
-def _hash_weights(*models: nn.Module) -> bytes:
+def hash_weights(*models: nn.Module) -> bytes:
+    """Gives the SHA-256 of the names, dtypes, shapes and values of all weights and buffers of `models`, in order."""
     digest = hashlib.sha256()
     for model in models:
         for name, tensor in sorted(model.state_dict().items()):
@@ -187,7 +188,7 @@ class MusicLatentCache:
     def __init__(self, folder: str | os.PathLike, vae: AutoencoderKL) -> None:
         self.folder, self.vae = Path(folder), vae
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._fingerprint = _hash_weights(vae)
+        self._fingerprint = hash_weights(vae)
 
     @torch.no_grad()
     def encode(self, waveforms: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
