@@ -64,7 +64,7 @@ class Windows:
         )
 
     def cut(self, signal: torch.Tensor, group: Iterable[int]) -> torch.Tensor:
-        """Cuts `signal` `[batch, ..., num_frames, F]` into the windows of a group `[windows, batch, ..., length, F]`."""
+        """Cuts `signal` `[batch, ..., num_frames, F]` into a group of windows `[windows, batch, ..., length, F]`."""
         return torch.stack([signal.narrow(-2, self.starts[index], self.length) for index in group])
 
     def weight(self, index: int) -> torch.Tensor:
