@@ -2,6 +2,7 @@
 
 import functools
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,15 +26,25 @@ class Windows:
         length: The frames of each window.
         starts: The first frame of each window, ascending; the last window ends at the piece's last frame.
         margin: The frames at either end of a window that are discarded where another window holds them too.
+        image_starts: Of a storyboard: where each picture begins, in frames, ascending from 0. The last one lasts to
+            the end.
     """
 
     num_frames: int
     length: int
     starts: tuple[int, ...]
     margin: int = 0
+    image_starts: tuple[float, ...] | None = None
 
     @classmethod
-    def lay_out(cls, num_frames: int, length: int, overlap: int, margin: int = 0) -> "Windows":
+    def lay_out(
+        cls,
+        num_frames: int,
+        length: int,
+        overlap: int,
+        margin: int = 0,
+        image_starts: tuple[float, ...] | None = None,
+    ) -> "Windows":
         """Lays windows on a fixed grid from frame 0 on; the last one is moved back to end at the last frame.
 
         Args:
@@ -41,10 +52,12 @@ class Windows:
             length: The frames of a window; a piece no longer than that is one window of its own length.
             overlap: The frames that neighbours share, in [0, length).
             margin: See the class; at most half of `overlap`.
+            image_starts: See the class.
         """
         length = min(length, num_frames)
-        starts = range(0, num_frames - length, length - overlap)
-        return cls(num_frames, length, (*starts, num_frames - length), margin)
+        # A single window has no neighbour, whatever the overlap.
+        starts = range(0, num_frames - length, max(1, length - overlap))
+        return cls(num_frames, length, (*starts, num_frames - length), margin, image_starts)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -68,12 +81,13 @@ class Windows:
         return torch.stack([signal.narrow(-2, self.starts[index], self.length) for index in group])
 
     def weight(self, index: int) -> torch.Tensor:
-        """Gives what window `index` contributes to each of its frames: float32 `[length]`; all windows' sum to 1."""
+        """Gives what window `index` contributes to each of its frames: float64 `[length]`; all windows' sum to 1."""
         start, last = self.starts[index], self.num_frames - self.length
         neighbours = tuple(
             (other - start, self.margin * (other > 0), self.margin * (other < last))
-            for other in self.starts
-            if abs(other - start) < self.length
+            for other in self.starts[
+                bisect_right(self.starts, start - self.length) : bisect_left(self.starts, start + self.length)
+            ]
         )
         return _normalised_weight(self.length, neighbours)
 
@@ -118,18 +132,38 @@ class Windows:
             update()
         return merged
 
-    def shares(self, image_starts: list[float]) -> torch.Tensor:
-        """Gives the share of each window that each picture of a storyboard covers.
+    @functools.cached_property
+    def shares(self) -> torch.Tensor:
+        """The share of each window that each picture of the storyboard covers, float64 `[windows, pictures]`.
 
-        Args:
-            image_starts: Where each picture begins, in frames, ascending from 0. The last one lasts to the end.
-
-        Returns:
-            float64 `[windows, pictures]`, each row with the sum 1; exactly 1 for a picture alone in its window.
+        Each row has the sum 1; it is exactly 1 for a picture alone in its window.
         """
         first = torch.tensor(self.starts, dtype=torch.float64)[:, None]
-        begins = torch.tensor([*image_starts, math.inf], dtype=torch.float64).clamp(first, first + self.length)
-        return begins.diff(dim=1) / self.length
+        begins = torch.tensor([*self.image_starts, math.inf], dtype=torch.float64)
+        return begins.clamp(first, first + self.length).diff(dim=1) / self.length
+
+    def see(self, of_pictures: torch.Tensor, group: range) -> torch.Tensor:
+        """Gives each window of a group what it sees of the storyboard's pictures.
+
+        A window on a boundary sees the sum of its pictures, weighted by their shares; a window with one picture
+        exactly its own.
+
+        Args:
+            of_pictures: What each picture has, `[pictures, ...]`.
+            group: The indices of the windows.
+
+        Returns:
+            `[windows, ...]`; without a storyboard `of_pictures` as it is.
+        """
+        if self.image_starts is None:
+            return of_pictures
+        seen = []
+        for row in self.shares[group.start : group.stop]:
+            pictures = row.nonzero()[:, 0].tolist()
+            # A product with the share 1 would be the same, but for copies of what may be large.
+            parts = [of_pictures[p] if row[p] == 1 else of_pictures[p] * row[p].item() for p in pictures]
+            seen.append(sum(parts[1:], parts[0]))
+        return torch.stack(seen)
 
 
 @functools.lru_cache(maxsize=64)
@@ -140,33 +174,13 @@ def _normalised_weight(length: int, neighbours: tuple[tuple[int, int, int], ...]
         offset: triangle(frames - offset, length, *margins) * ((frames >= offset) & (frames < offset + length))
         for offset, *margins in neighbours
     }
-    return (weights[0] / sum(weights.values())).float()
+    return weights[0] / sum(weights.values())
 
 
 def triangle(frames: torch.Tensor, length: int, left_margin: int = 0, right_margin: int = 0) -> torch.Tensor:
     """The triangle g over a window of `length` frames: the distance from the nearer end, less the margin there."""
     distance = torch.minimum(frames + 0.5 - left_margin, length - 0.5 - frames - right_margin)
     return distance.clamp(min=LEAST_WEIGHT)
-
-
-def share_out(of_pictures: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """Gives each window the weighted sum of its pictures; a window with one picture gets exactly its own.
-
-    Args:
-        of_pictures: What each picture has, `[pictures, ...]`.
-        shares: `[windows, pictures]`, see `Windows.shares`.
-
-    Returns:
-        `[windows, ...]`.
-    """
-    rows = []
-    for row in shares:
-        seen = row.nonzero()[:, 0].tolist()
-        if len(seen) == 1:
-            rows.append(of_pictures[seen[0]])
-        else:
-            rows.append(sum(of_pictures[picture] * row[picture].item() for picture in seen))
-    return torch.stack(rows)
 
 
 def decoder_margin(vae: Any) -> int:
@@ -185,16 +199,17 @@ def decoder_margin(vae: Any) -> int:
 
 
 @torch.no_grad()
-def vocoder_margin(vocoder: Any, num_frames: int) -> int:
+def vocoder_margin(vocoder: Any, device: torch.device | str = "cpu", num_frames: int = 384) -> int:
     """Measures how many mel frames to the side a vocoder looks: by changing some and seeing what else changes.
 
     Args:
         vocoder: `[batch, frames, bands]` to `[batch, samples]`.
+        device: Where the vocoder computes.
         num_frames: The length of the trial; what it finds is at most a third of that.
     """
     bands, hop = vocoder.config.model_in_dim, math.prod(vocoder.config.upsample_rates)
     third = num_frames // 3
-    mel = torch.zeros(1, 3 * third, bands, device=vocoder.device, dtype=vocoder.dtype)
+    mel = torch.zeros(1, 3 * third, bands, device=device, dtype=vocoder.dtype)
     changed = mel.clone()
     changed[:, third : 2 * third] = torch.linspace(-5, 5, third * bands).reshape(third, bands).to(mel)
     before, after = vocoder(mel).float()[0], vocoder(changed).float()[0]

@@ -4,7 +4,7 @@ import torch
 from diffusers import AutoencoderKL
 from untrained import music_components
 
-from melfusion_pipeline.windows_melfusion import Windows, decoder_margin, share_out, vocoder_margin
+from melfusion_pipeline.windows_melfusion import Windows, decoder_margin, vocoder_margin
 
 LAYOUTS = [(200, 64, 16, 0), (129, 64, 8, 0), (131, 64, 32, 0), (97, 10, 9, 0), (64, 64, 16, 0), (300, 64, 28, 12)]
 
@@ -41,7 +41,7 @@ def test_a_piece_no_longer_than_a_window_is_one_window():
     for num_frames in (1, 9, 10):
         windows = Windows.lay_out(num_frames, 10, 4)
         assert windows.starts == (0,) and windows.length == num_frames
-        assert torch.equal(windows.weight(0), torch.ones(num_frames))
+        assert torch.equal(windows.weight(0), torch.ones(num_frames).double())
     assert len(Windows.lay_out(11, 10, 4)) == 2
 
 
@@ -95,33 +95,37 @@ def test_margins_are_discarded_except_at_the_ends_of_the_piece():
 
 
 def test_shares_are_those_counted_frame_by_frame():
-    windows = Windows.lay_out(200, 64, 16)
-    starts = [0.0, 40.0, 44.0, 150.0]
-    shares = windows.shares(starts)
+    starts = (0.0, 40.0, 44.0, 150.0)
+    windows = Windows.lay_out(200, 64, 16, image_starts=starts)
     owners = np.searchsorted(starts, np.arange(200), side="right") - 1
     for index, first in enumerate(windows.starts):
         expected = np.bincount(owners[first : first + 64], minlength=4) / 64
-        np.testing.assert_allclose(shares[index], expected, atol=1e-12)
-    assert torch.equal(windows.shares([0.0]), torch.ones(len(windows), 1, dtype=torch.float64))
-    torch.testing.assert_close(windows.shares([0.0, 16.25])[0], torch.tensor([16.25 / 64, 47.75 / 64]).double())
+        np.testing.assert_allclose(windows.shares[index], expected, atol=1e-12)
+    alone = Windows.lay_out(200, 64, 16, image_starts=(0.0,))
+    assert torch.equal(alone.shares, torch.ones(len(alone), 1, dtype=torch.float64))
+    between = Windows.lay_out(64, 64, 0, image_starts=(0.0, 16.25)).shares
+    torch.testing.assert_close(between, torch.tensor([[16.25 / 64, 47.75 / 64]], dtype=torch.float64))
 
 
 def test_a_later_boundary_leaves_the_earlier_windows_shares():
-    windows = Windows.lay_out(200, 64, 16)
-    one, other = windows.shares([0.0, 40.0, 150.0]), windows.shares([0.0, 40.0, 170.0])
+    one, other = (Windows.lay_out(200, 64, 16, image_starts=(0.0, 40.0, last)).shares for last in (150.0, 170.0))
     assert torch.equal(one[:2], other[:2]) and not torch.equal(one, other)
 
 
-def test_a_window_with_one_picture_gets_exactly_its_own_and_others_the_sum():
+def test_a_window_with_one_picture_sees_exactly_its_own_and_others_the_sum():
+    windows = Windows.lay_out(44, 20, 8, image_starts=(0.0, 27.0, 28.0))
+    assert windows.starts == (0, 12, 24)
     pictures = torch.randn(3, 5, 4)
-    shares = torch.tensor([[1.0, 0, 0], [0.25, 0.75, 0], [0, 0, 1.0]], dtype=torch.float64)
-    rows = share_out(pictures, shares)
-    assert torch.equal(rows[0], pictures[0]) and torch.equal(rows[2], pictures[2])
-    torch.testing.assert_close(rows[1], 0.25 * pictures[0] + 0.75 * pictures[1])
-    assert share_out(pictures.half(), shares).dtype == torch.float16
-    # A picture that no window sees cannot spoil one.
+    seen = windows.see(pictures, range(3))
+    assert torch.equal(seen[0], pictures[0])
+    torch.testing.assert_close(seen[1], (15 * pictures[0] + pictures[1] + 4 * pictures[2]) / 20)
+    torch.testing.assert_close(seen[2], (3 * pictures[0] + pictures[1] + 16 * pictures[2]) / 20)
+    assert torch.equal(windows.see(pictures, range(1, 3)), seen[1:])
+    assert windows.see(pictures.half(), range(3)).dtype == torch.float16
+    # A picture that no window of the group sees cannot spoil it.
     pictures[2] = torch.nan
-    assert share_out(pictures, shares[:2]).isfinite().all()
+    assert windows.see(pictures, range(1)).isfinite().all()
+    assert Windows.lay_out(44, 20, 8).see(pictures, range(2)) is pictures
 
 
 # ----------------------------------------------------------------------------------------------- decoding in windows
@@ -182,7 +186,7 @@ def test_the_waveform_does_not_depend_on_how_the_vocoder_was_cut(length):
     whole = vocoder(mel)
     # AudioLDM's vocoder gives some samples more than frames times hop: those do not belong to the next window.
     assert whole.shape[1] == 600 * 160 + 32
-    margin = vocoder_margin(vocoder, 128)
+    margin = vocoder_margin(vocoder)
     assert 0 < margin < 42
     windows = Windows.lay_out(600, length, 2 * margin + 1, margin)
     updates = []
@@ -206,7 +210,7 @@ def test_a_vocoders_margin_is_found_for_both_sides_and_bounded():
             level = torch.nn.functional.pad(mel.mean(-1), (self.left, self.right))
             return level.unfold(1, self.left + self.right + 1, 1).sum(-1).repeat_interleave(10, dim=1)
 
-    assert vocoder_margin(Shifted(7, 2), 90) == 7
-    assert vocoder_margin(Shifted(1, 9), 90) == 9
-    assert vocoder_margin(Shifted(0, 0), 90) == 0
-    assert vocoder_margin(Shifted(200, 200), 90) == 30
+    assert vocoder_margin(Shifted(7, 2), num_frames=90) == 7
+    assert vocoder_margin(Shifted(1, 9), num_frames=90) == 9
+    assert vocoder_margin(Shifted(0, 0), num_frames=90) == 0
+    assert vocoder_margin(Shifted(200, 200), num_frames=90) == 30
