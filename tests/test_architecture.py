@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "melfusion_pipeline"
 ORDER = """
     files_melfusion attention_melfusion modeling_melfusion pictures_melfusion features_melfusion
     inversion_melfusion windows_melfusion checks_melfusion checkpoint_melfusion pipeline_melfusion
-    audio data training metrics extractors plotting
+    audio data training metrics extractors plotting film
 """.split()
 
 
