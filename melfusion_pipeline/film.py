@@ -46,6 +46,8 @@ REACH = 0.5
 TOLERANCE = 0.1
 # Spectral flux is computed in blocks of this many seconds, so that an hour fits into the memory.
 ONSET_BLOCK = 60
+# PySceneDetect's own default is 15 pictures, which is no time where the frame rate varies.
+SHORTEST_SHOT = 0.5
 # The column with the shots' beginnings, as we and as PySceneDetect (`list-scenes --skip-cuts`) write it.
 SHOT_COLUMNS = ("start", "Start Time (seconds)")
 LAYOUTS = {1: "mono", 2: "stereo"}
@@ -61,7 +63,7 @@ DUCKING = {"threshold": "0.03", "ratio": "6", "attack": "40", "release": "700"}
 class Film:
     """What is known of a film before a picture of it is decoded.
 
-    Attributes:
+    Args:
         path: The file.
         start: The time of the first picture on the file's own clock, in seconds.
         duration: How long the pictures last, in seconds.
@@ -215,7 +217,7 @@ def find_shots(film: Film) -> list[float]:
     # Otherwise FFmpeg's log would be let loose for the rest of the process.
     video = scenedetect.open_video(os.fspath(film.path), backend="pyav", suppress_output=True)
     manager = scenedetect.SceneManager()
-    manager.add_detector(scenedetect.AdaptiveDetector())
+    manager.add_detector(scenedetect.AdaptiveDetector(min_scene_len=SHORTEST_SHOT))
     manager.detect_scenes(video, show_progress=logging.is_progress_bar_enabled())
     starts = [start.seconds for start, _ in manager.get_scene_list()]
     return [0.0] + [start for start in starts if 0 < start < film.duration]
@@ -258,7 +260,7 @@ def read_shots(path: str | os.PathLike, duration: float) -> list[float]:
 
 
 def stretches(starts: Sequence[float], duration: float) -> list[tuple[float, float]]:
-    """Pairs each start with its end: the next start, or `duration` for the last."""
+    """Pairs each of `starts` with its end: the next start, or `duration` for the last."""
     return list(pairwise([*starts, duration]))
 
 
@@ -567,7 +569,10 @@ def _mix(
         stream = source.streams.audio[0]
         graph = av.filter.Graph()
         music_in = graph.add_abuffer(
-            format="fltp", sample_rate=sampling_rate, layout=LAYOUTS[num_channels], time_base=Fraction(1, sampling_rate)
+            format="fltp",
+            sample_rate=sampling_rate,
+            layout=LAYOUTS[num_channels],
+            time_base=Fraction(1, sampling_rate),
         )
         old_in = graph.add_abuffer(template=stream, time_base=stream.time_base)
         music_out = _chain(graph, music_in, ("aresample", str(SOUND_RATE)), STEREO)
@@ -584,7 +589,7 @@ def _mix(
         mixer = graph.add("amix", "inputs=2:duration=first:normalize=0")
         music_out.link_to(mixer)
         old_out.link_to(mixer, 0, 1)
-        sink = _chain(graph, mixer, ("alimiter", "level=disabled"), ("abuffersink", ""))
+        sink = _chain(graph, mixer, ("alimiter", "level=disabled:latency=1"), ("abuffersink", ""))
         graph.configure()
 
         def old_frames() -> Iterator["av.AudioFrame"]:
