@@ -321,6 +321,23 @@ def find_onsets(waveform: np.ndarray | torch.Tensor, sampling_rate: int) -> tupl
     return found * hop / sampling_rate, flux[found]
 
 
+def draw_spectrogram(waveform: np.ndarray | torch.Tensor, sampling_rate: int, num_columns: int = 4000) -> torch.Tensor:
+    """Computes a log-mel spectrogram to look at, for `melfusion_pipeline.plotting.plot_storyboard`.
+
+    Args:
+        waveform: `[T]`, mono, of any length.
+        sampling_rate: Of `waveform`, in Hz.
+        num_columns: At most about so many frames; a long piece is looked at now and then.
+
+    Returns:
+        `[frames, 64]`, natural logarithm of the magnitude.
+    """
+    samples = check_waveform(waveform).detach().cpu().float().numpy()
+    hop = max(sampling_rate // 100, len(samples) // num_columns)
+    mel = librosa.feature.melspectrogram(y=samples, sr=sampling_rate, hop_length=hop, n_fft=1024, n_mels=64, power=1)
+    return torch.from_numpy(np.log(mel.T.clip(1e-5)))
+
+
 def move_to_onsets(
     starts: Sequence[float], duration: float, onsets: np.ndarray, strengths: np.ndarray, reach: float = REACH
 ) -> list[float]:
@@ -489,6 +506,36 @@ def _to_frame(picture: PIL.Image.Image) -> "av.VideoFrame":
     return av.VideoFrame.from_image(picture).reformat(
         format="yuv420p", dst_colorspace="ITU709", src_color_range="JPEG", dst_color_range="MPEG"
     )
+
+
+def read_picture(path: str | os.PathLike, side: int | None = None) -> PIL.Image.Image:
+    """Opens a picture, upright and RGB.
+
+    Args:
+        path: The file.
+        side: Make a larger picture smaller, until its shorter side is this many pixels: sixty photographs at once
+            are too many as cameras write them.
+
+    Returns:
+        The picture.
+
+    Raises:
+        ValueError: If the file is no picture, or damaged.
+    """
+    try:
+        with PIL.Image.open(path) as opened:
+            picture = to_rgb(opened)
+    except FileNotFoundError:
+        raise
+    # Pillow's decoders let anything out that a damaged file provokes.
+    except Exception as error:
+        raise ValueError(f"{str(path)!r} cannot be read as a picture: {error}") from error
+    if side is not None and min(picture.size) > side:
+        scale = side / min(picture.size)
+        picture = picture.resize(
+            [max(1, round(length * scale)) for length in picture.size], PIL.Image.Resampling.LANCZOS
+        )
+    return picture
 
 
 def write_scored_film(
@@ -668,6 +715,12 @@ def _create(path: Path) -> "av.container.OutputContainer":
         return av.open(os.fspath(path), "w", options=options)
     except ValueError as error:
         raise ValueError(f"{path.suffix!r} is no suffix of a film: write .mp4, .mov or .mkv.") from error
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes `text` to `path`, complete or not at all."""
+    with _complete_or_absent(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
