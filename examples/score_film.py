@@ -6,13 +6,12 @@ Needs the extra `film`. Beside the film lies a JSON that says which shot had whi
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
-from slideshow import SIDE, add_music_arguments, load_pipeline, make_music, read_prompts
+from slideshow import SIDE, add_music_arguments, load_pipeline, make_music, read_prompts, save_figure, write_json
 
 from melfusion_pipeline.film import (
     Film,
@@ -27,7 +26,6 @@ from melfusion_pipeline.film import (
     split_shots,
     stretches,
     write_scored_film,
-    write_text,
 )
 from melfusion_pipeline.plotting import plot_storyboard
 
@@ -94,7 +92,7 @@ def main() -> None:
 
     write_scored_film(output, film, waveforms[best], rate, arguments.old_sound, arguments.old_sound_gain_in_db)
     table = describe(shot_of, starts, film, seconds, pictures)
-    write_text(output.with_suffix(".json"), json.dumps(table, indent=2) + "\n")
+    write_json(output.with_suffix(".json"), table)
     print(f"{film.duration:.1f} s, {len(shots)} shots, {len(pictures)} pictures")
     if cuts:
         chance = share_met_by_chance(cuts, onsets, film.duration, np.random.default_rng(arguments.seed))
@@ -105,7 +103,7 @@ def main() -> None:
     if arguments.preview:
         written.append(output.with_suffix(".png"))
         mel = draw_spectrogram(waveforms[best], rate)
-        plot_storyboard(pictures, starts, mel, film.duration, cuts, onsets[best]).savefig(written[-1])
+        save_figure(written[-1], plot_storyboard(pictures, starts, mel, film.duration, cuts, onsets[best]))
     print(f"wrote {', '.join(map(str, written))}")
 
 

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import PIL.Image
 import torch
+from matplotlib.figure import Figure
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import save_audio
+from melfusion_pipeline.files_melfusion import atomic_write
 from melfusion_pipeline.film import (
     draw_spectrogram,
     find_onsets,
     move_to_onsets,
     read_picture,
     write_slideshow,
-    write_text,
 )
 from melfusion_pipeline.plotting import plot_storyboard
 
@@ -151,6 +152,19 @@ def make_music(
     ).audios.float()
 
 
+def write_json(path: Path, table: list[dict]) -> None:
+    """Writes a row a line."""
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in table)
+    with atomic_write(path) as temporary:
+        temporary.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Writes a figure as PNG."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary)
+
+
 def main() -> None:
     arguments = parse_arguments()
     paths = list_pictures(arguments.pictures)
@@ -173,7 +187,7 @@ def main() -> None:
         {"picture": str(path), "start": round(change, 3), "asked_for": round(start, 3)}
         for path, change, start in zip(paths, changes, starts)
     ]
-    write_text(output.with_suffix(".json"), json.dumps(table, indent=2, ensure_ascii=False) + "\n")
+    write_json(output.with_suffix(".json"), table)
     written = [output, output.with_suffix(".wav"), output.with_suffix(".json")]
     if arguments.preview:
         written.append(output.with_suffix(".png"))
@@ -181,7 +195,7 @@ def main() -> None:
         figure = plot_storyboard(
             pictures, changes, draw_spectrogram(waveform, rate), duration, onsets=onsets, title=title
         )
-        figure.savefig(written[-1])
+        save_figure(written[-1], figure)
     moved = sum(change != start for change, start in zip(changes, starts))
     print(f"{len(paths)} pictures, {duration:.1f} s; {moved} of {len(paths) - 1} changes moved to an onset")
     print(f"wrote {', '.join(map(str, written))}")

@@ -14,7 +14,6 @@ import csv
 import heapq
 import math
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ import torch
 from diffusers.utils import logging
 
 from .audio import check_sampling_rate, check_waveform
+from .files_melfusion import atomic_write
 from .pictures_melfusion import to_rgb
 
 try:
@@ -449,7 +449,7 @@ def write_slideshow(
     if len(starts) == 0 or starts[0] != 0 or not (np.diff(edges) > 0).all():
         raise ValueError(f"`starts` must begin at 0, ascend and end before {duration:.2f} s, got {list(starts)}.")
 
-    with _complete_or_absent(path) as temporary, _create(temporary) as container:
+    with atomic_write(path) as temporary, _create(temporary) as container:
         video = container.add_stream("libx264", rate=FRAME_RATE, options={"preset": "veryfast", "crf": "20"})
         video.width, video.height, video.pix_fmt = *size, "yuv420p"
         # Untagged, some players take HD for the older standard and shift the colours.
@@ -574,7 +574,7 @@ def write_scored_film(
     num_samples = max(1, round(film.duration * sampling_rate))
     waveform = np.pad(waveform[:, :num_samples], ((0, 0), (0, max(0, num_samples - waveform.shape[1]))))
 
-    with _open(film.path) as source, _complete_or_absent(path) as temporary:
+    with _open(film.path) as source, atomic_write(path) as temporary:
         stream = _picture_stream(source, film.path)
         sound = _blocks(waveform, sampling_rate)
         if old_sound != "drop" and film.has_sound:
@@ -715,21 +715,3 @@ def _create(path: Path) -> "av.container.OutputContainer":
         return av.open(os.fspath(path), "w", options=options)
     except ValueError as error:
         raise ValueError(f"{path.suffix!r} is no suffix of a film: write .mp4, .mov or .mkv.") from error
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes `text` to `path`, complete or not at all."""
-    with _complete_or_absent(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _complete_or_absent(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a temporary name beside `path` with its suffix; what was written there takes the name of `path`."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

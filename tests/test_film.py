@@ -495,7 +495,7 @@ def test_a_kill_while_writing_leaves_the_old_film_or_none(tmp_path):
             path.write_bytes(before)
         with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE) as process:
             assert process.stdout.readline() == b"writing\n"
-            partial = wait_for(lambda: [file for file in tmp_path.glob(".show.*") if file.stat().st_size])
+            partial = wait_for(lambda: [file for file in tmp_path.glob(".show.mp4-*/show.mp4") if file.stat().st_size])
             os.kill(process.pid, signal.SIGKILL)
         assert partial and (path.read_bytes() if path.exists() else None) == before
 
