@@ -170,7 +170,7 @@ def hub(tmp_path_factory) -> HubStandIn:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, hub) -> Path:
-    """A copy of this repository with a set of triplets, a song and a film; it is the folder in which everything runs."""
+    """A copy of this repository with triplets, a song and a film; it is the folder in which everything runs."""
     folder = tmp_path_factory.mktemp("repository")
     for name in REPOSITORY:
         (folder / name).symlink_to(ROOT / name)
