@@ -84,7 +84,7 @@ def main() -> None:
     seconds, pictures = look(film, starts)
 
     pipe = load_pipeline(arguments.checkpoint)
-    rate = pipe.vocoder.config.sampling_rate
+    rate = pipe.sampling_rate
     waveforms = make_music(pipe, pictures, starts, film.duration, prompt, arguments, arguments.variations)
     onsets, cuts = [find_onsets(waveform, rate)[0] for waveform in waveforms], shots[1:]
     met = [share_met(cuts, times) for times in onsets]

@@ -175,7 +175,7 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
 
     pipe = load_pipeline(arguments.checkpoint)
-    rate = pipe.vocoder.config.sampling_rate
+    rate = pipe.sampling_rate
     waveform = make_music(pipe, pictures, starts, duration, prompt, arguments)[0]
     onsets, strengths = find_onsets(waveform, rate)
     changes = move_to_onsets(starts, duration, onsets, strengths)

@@ -4,7 +4,7 @@
     starts = find_shots(film)
     pictures = [choose_frame(film, start, end)[1] for start, end in stretches(starts, film.duration)]
     waveform = pipe(pictures, "a waltz for piano", image_start_in_s=starts, audio_length_in_s=film.duration).audios[0]
-    write_scored_film("scored.mp4", film, waveform, pipe.vocoder.config.sampling_rate)
+    write_scored_film("scored.mp4", film, waveform, pipe.sampling_rate)
 
 Needs the extra `film`. All times are seconds from the first picture; a film's own clock may begin elsewhere.
 """
