@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import app_slideshow
 import gradio as gr
 import PIL.Image
 import torch
@@ -231,60 +232,67 @@ def settings_inputs(pipe: MelFusionPipeline) -> list[gr.Slider]:
     ]
 
 
+def draw_tab(pipe: MelFusionPipeline, max_cached_bytes: int) -> None:
+    """Draws the tab for one picture and connects its button, within the page that is being built."""
+    pictures = sorted((EXAMPLES / "images").glob("*.jpg"))
+    with gr.Row():
+        with gr.Column(min_width=320):
+            picture = PictureInput(
+                type="pil", image_mode=None, sources=["upload", "webcam"], label="Picture", height=280
+            )
+            gr.Examples(
+                [[str(path)] for path in pictures],
+                picture,
+                label="Or one of these",
+                cache_examples=False,
+                examples_per_page=len(pictures),
+            )
+            prompt = gr.Textbox(label="What should play", placeholder="a waltz for piano", max_length=MAX_CHARACTERS)
+            with gr.Accordion("Settings", open=False):
+                settings = settings_inputs(pipe)
+            button = gr.Button("Make music", variant="primary")
+        with gr.Column(min_width=320):
+            outputs = []
+            for index in range(MAX_VARIATIONS):
+                with gr.Column(visible=index == 0) as column:
+                    audio = gr.Audio(label="Music", interactive=False, buttons=[])
+                    download = gr.DownloadButton("Download WAV", size="md", visible=False)
+                    mel = gr.Image(
+                        label="Mel spectrogram",
+                        # It would cover the drawing, which has a title.
+                        show_label=False,
+                        interactive=False,
+                        visible=False,
+                        buttons=[],
+                    )
+                outputs += [column, audio, download, mel]
+    # The function has nothing to do: opening an upload says at once what is wrong with it. Then it goes away.
+    quietly = {"show_progress": "hidden", "api_visibility": "private"}
+    picture.upload(lambda image: None, picture, None, **quietly).failure(lambda: None, None, picture, **quietly)
+    gr.on(
+        [button.click, prompt.submit],
+        responder(pipe, FeatureCache(pipe, max_cached_bytes)),
+        [picture, prompt, *settings],
+        outputs,
+        # A pipeline serves one caller at a time.
+        concurrency_limit=1,
+        concurrency_id="pipeline",
+        trigger_mode="once",
+        scroll_to_output=True,
+        show_progress_on=outputs[1],
+        api_name="make_music",
+    )
+
+
 def build_app(pipe: MelFusionPipeline, max_cached_bytes: int = MAX_CACHED_BYTES) -> gr.Blocks:
     """Builds the page, its sliders at the checkpoint's defaults; `launch_app` starts it."""
-    pictures = sorted((EXAMPLES / "images").glob("*.jpg"))
     forget = (60, KEPT_SECONDS)
     with gr.Blocks(title="MeLFusion", analytics_enabled=False, delete_cache=forget) as app:
         gr.Markdown(INTRODUCTION)
-        with gr.Row():
-            with gr.Column(min_width=320):
-                picture = PictureInput(
-                    type="pil", image_mode=None, sources=["upload", "webcam"], label="Picture", height=280
-                )
-                gr.Examples(
-                    [[str(path)] for path in pictures],
-                    picture,
-                    label="Or one of these",
-                    cache_examples=False,
-                    examples_per_page=len(pictures),
-                )
-                prompt = gr.Textbox(
-                    label="What should play", placeholder="a waltz for piano", max_length=MAX_CHARACTERS
-                )
-                with gr.Accordion("Settings", open=False):
-                    settings = settings_inputs(pipe)
-                button = gr.Button("Make music", variant="primary")
-            with gr.Column(min_width=320):
-                outputs = []
-                for index in range(MAX_VARIATIONS):
-                    with gr.Column(visible=index == 0) as column:
-                        audio = gr.Audio(label="Music", interactive=False, buttons=[])
-                        download = gr.DownloadButton("Download WAV", size="md", visible=False)
-                        mel = gr.Image(
-                            label="Mel spectrogram",
-                            # It would cover the drawing, which has a title.
-                            show_label=False,
-                            interactive=False,
-                            visible=False,
-                            buttons=[],
-                        )
-                    outputs += [column, audio, download, mel]
-        # The function has nothing to do: opening an upload says at once what is wrong with it. Then it goes away.
-        quietly = {"show_progress": "hidden", "api_visibility": "private"}
-        picture.upload(lambda image: None, picture, None, **quietly).failure(lambda: None, None, picture, **quietly)
-        gr.on(
-            [button.click, prompt.submit],
-            responder(pipe, FeatureCache(pipe, max_cached_bytes)),
-            [picture, prompt, *settings],
-            outputs,
-            # A pipeline serves one caller at a time.
-            concurrency_limit=1,
-            trigger_mode="once",
-            scroll_to_output=True,
-            show_progress_on=outputs[1],
-            api_name="make_music",
-        )
+        with gr.Tab("One picture"):
+            draw_tab(pipe, max_cached_bytes)
+        with gr.Tab("A slide show"):
+            app_slideshow.draw_tab(pipe, MAX_PIXELS, MAX_CHARACTERS, MAX_SEED, user_error)
     return app.queue(max_size=MAX_QUEUE)
 
 

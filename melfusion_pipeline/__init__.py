@@ -8,6 +8,7 @@
 | `melfusion_pipeline.pictures_melfusion` | whatever a user calls a picture, prepared for the image VAE |
 | `melfusion_pipeline.features_melfusion` | `ImageFeatures`: what a picture contributes to the music |
 | `melfusion_pipeline.inversion_melfusion` | DDIM inversion of a picture, recording its features |
+| `melfusion_pipeline.windows_melfusion` | the time axis: windows over a long piece, and which picture each sees |
 | `melfusion_pipeline.checks_melfusion` | refusing what a call cannot do |
 | `melfusion_pipeline.attention_melfusion` | the attention processors that record and blend keys and values |
 | `melfusion_pipeline.audio` | sound files, and the way from a waveform to music latents |

@@ -4,6 +4,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
@@ -19,6 +20,7 @@ OUTPUT_TYPES = ("np", "pt", "mel", "latent")
 MAX_AUDIO_LENGTH_IN_S = 3600.0
 MAX_WAVEFORMS_PER_PROMPT = 1000
 MAX_IMAGE_SIZE = 8192
+MAX_WINDOW_OVERLAP = 0.9
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
@@ -44,6 +46,10 @@ def check_call(
     image_size: int | None,
     image_features: ImageFeatures | None,
     feature_source: str,
+    image_start_in_s: list[float] | None,
+    window_length_in_s: float | None,
+    window_overlap: float,
+    window_batch_size: int | None,
     output_type: str,
     cross_attention_kwargs: dict[str, Any] | None,
     callback_on_step_end_tensor_inputs: list[str],
@@ -54,7 +60,8 @@ def check_call(
     Refused are: a wrong type; a number that is not finite or out of range; an empty list; a tensor of another shape or
     with NaN; a picture beside features, or a prompt beside its embeddings; nothing to make music of; numbers of
     pictures, prompts, negative prompts or generators that do not fit together; features that another UNet recorded;
-    components that do not belong together; a scheduler that does not step through the training's noise schedule.
+    components that do not belong together; windows that the UNet cannot take; a storyboard whose pictures do not
+    follow one another within the piece; a scheduler that does not step through the training's noise schedule.
 
     Args:
         pipe: The pipeline that is called.
@@ -64,6 +71,7 @@ def check_call(
         guidance_scale, image_guidance_scale, synapse_scale: As in `__call__`.
         image_size, image_features, feature_source, num_inversion_steps: As in `__call__`.
         num_inference_steps, num_waveforms_per_prompt, eta, generator, latents: As in `__call__`.
+        image_start_in_s, window_length_in_s, window_overlap, window_batch_size: As in `__call__`.
         output_type, cross_attention_kwargs: As in `__call__`.
         callback_on_step_end, callback_on_step_end_tensor_inputs: As in `__call__`.
 
@@ -81,6 +89,7 @@ def check_call(
     _check_real("eta", eta, 0.0, 1.0)
     frame_length = pipe.vae_scale_factor * pipe._seconds_per_frame
     _check_real("audio_length_in_s", audio_length_in_s, frame_length * (1 - 1e-6), MAX_AUDIO_LENGTH_IN_S)
+    _check_windows(pipe, window_length_in_s, window_overlap, window_batch_size)
     _check_choice("output_type", output_type, OUTPUT_TYPES)
     if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, dict):
         raise TypeError(f"`cross_attention_kwargs` must be a dict or None, got {cross_attention_kwargs!r}.")
@@ -116,7 +125,11 @@ def check_call(
         raise ValueError(
             f"{num_images} pictures cannot meet {num_prompts} prompts: pass equal numbers, or one of either."
         )
-    batch_size = max(num_prompts, num_images) * num_waveforms_per_prompt
+    num_pieces = max(num_prompts, num_images)
+    if image_start_in_s is not None:
+        _check_storyboard(image_start_in_s, num_images, num_prompts, audio_length_in_s)
+        num_pieces = 1
+    batch_size = num_pieces * num_waveforms_per_prompt
     _check_generator(generator, batch_size)
     if latents is not None:
         _check_float_tensor("latents", latents)
@@ -129,6 +142,66 @@ def check_call(
         if not latents.isfinite().all():
             raise ValueError("`latents` holds NaN or infinite values.")
     return num_prompts, num_images
+
+
+def _check_windows(
+    pipe: Any, window_length_in_s: float | None, window_overlap: float, window_batch_size: int | None
+) -> None:
+    _check_real("window_overlap", window_overlap, 0.0, MAX_WINDOW_OVERLAP)
+    if window_batch_size is not None:
+        _check_integer("window_batch_size", window_batch_size, 1)
+    if window_length_in_s is None:
+        return
+    _check_real("window_length_in_s", window_length_in_s)
+    # In fewer frames the UNet's deepest level would have none that is whole.
+    shortest = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    shortest_in_s = shortest * pipe.vae_scale_factor * pipe._seconds_per_frame
+    if not shortest_in_s * (1 - 1e-6) <= window_length_in_s <= MAX_AUDIO_LENGTH_IN_S:
+        raise ValueError(
+            f"`window_length_in_s` must be in [{shortest_in_s:g}, {MAX_AUDIO_LENGTH_IN_S:g}], got"
+            f" {window_length_in_s}: `unet` halves a window {shortest.bit_length() - 1} times and so needs {shortest}"
+            " latent frames. None is the length it was trained with."
+        )
+
+
+def _check_storyboard(image_start_in_s: Any, num_images: int, num_prompts: int, audio_length_in_s: float) -> None:
+    if isinstance(image_start_in_s, (np.ndarray, torch.Tensor)):
+        image_start_in_s = image_start_in_s.tolist()
+    if not isinstance(image_start_in_s, (list, tuple)):
+        raise TypeError(
+            f"`image_start_in_s` must be a list of seconds, one a picture, or None, got {image_start_in_s!r:.80}."
+        )
+    for start in image_start_in_s:
+        _check_real("image_start_in_s", start)
+    if not num_images:
+        raise ValueError(
+            f"`image_start_in_s` is {image_start_in_s!r:.80}, but there is no picture: pass as many in `image` or"
+            " `image_features`, or leave it None."
+        )
+    if len(image_start_in_s) != num_images:
+        raise ValueError(
+            f"`image_start_in_s` holds {len(image_start_in_s)} seconds for {num_images} pictures: pass one a picture,"
+            " or None for a piece of each."
+        )
+    if image_start_in_s[0] != 0:
+        raise ValueError(
+            f"`image_start_in_s` must begin at 0, got {image_start_in_s[0]}: the music begins with the first picture."
+        )
+    for before, after in pairwise(image_start_in_s):
+        if not before < after:
+            raise ValueError(
+                f"`image_start_in_s` must ascend, got {before} before {after}: sort the pictures by when they begin."
+            )
+    if image_start_in_s[-1] >= audio_length_in_s:
+        raise ValueError(
+            f"The last of `image_start_in_s`, {image_start_in_s[-1]} s, lies past the end of the piece: pass an"
+            f" `audio_length_in_s` above it, got {audio_length_in_s} s, or leave that picture out."
+        )
+    if num_prompts not in (1, num_images):
+        raise ValueError(
+            f"`image_start_in_s` makes one piece of {num_images} pictures, which cannot meet {num_prompts} prompts:"
+            " pass one for the whole or one a picture, and call once for each further piece."
+        )
 
 
 def _check_prompts(

@@ -40,11 +40,17 @@ from .features_melfusion import ImageFeatures
 from .files_melfusion import atomic_write  # noqa: F401 - remote code gets only the files that are named here
 from .inversion_melfusion import record_image_features
 from .pictures_melfusion import Image, as_pil_images, prepare_image
+from .windows_melfusion import Windows, decoder_margin, vocoder_margin
 
 logger = logging.get_logger(__name__)
 
 # 1 where a guidance branch sees the picture. With fewer than three branches the first ones are left out.
 IMAGE_BRANCHES = (0.0, 1.0, 1.0)
+
+# Rows of the music UNet's batch that windows fill by default: a processor gains nothing from more.
+ROWS_ON_CPU, ROWS_ON_ACCELERATOR = 8, 32
+# Latent frames over which neighbouring decoded windows pass into each other, between their margins.
+DECODER_FADE = 8
 
 
 def _one_at_a_time(method: Callable) -> Callable:
@@ -410,30 +416,105 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         frequency = self.vocoder.config.model_in_dim // self.vae_scale_factor
         return self.unet.config.in_channels, time, frequency
 
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decodes music `latents` `[batch, channels, time, frequency]` to log-mel `[batch, 1, frames, bands]`."""
-        latents = latents.to(self._execution_device)
-        return self.vae.decode((1 / self.vae.config.scaling_factor * latents).to(self.vae.dtype)).sample
+    def _own_frames(self, num_frames: int) -> int:
+        """The latent frames for which the music UNet was made; where it does not tell them, `num_frames`."""
+        if self.unet is None or self.unet.config.sample_size is None:
+            return num_frames
+        return _own_size(self.unet, "unet", "window_length_in_s")
+
+    def _window_frames(self, num_frames: int, window_length_in_s: float | None) -> int:
+        if window_length_in_s is None:
+            return self._own_frames(num_frames)
+        return self._latent_shape(window_length_in_s)[1]
+
+    def _lay_out_windows(
+        self,
+        num_frames: int,
+        window_length_in_s: float | None,
+        window_overlap: float,
+        image_start_in_s: list[float] | None,
+    ) -> Windows:
+        length = self._window_frames(num_frames, window_length_in_s)
+        if image_start_in_s is not None:
+            frame_length = self.vae_scale_factor * self._seconds_per_frame
+            # The rounding keeps 5.12 / 0.04 = 128.00000000000003 from giving a window a trace of another picture.
+            image_start_in_s = tuple(round(float(start) / frame_length, 6) for start in image_start_in_s)
+        return Windows.lay_out(num_frames, length, round(window_overlap * length), image_starts=image_start_in_s)
+
+    def _run_in_windows(
+        self, function: Callable[[torch.Tensor], torch.Tensor], signal: torch.Tensor, windows: Windows, factor: int
+    ) -> torch.Tensor:
+        """Runs a decoder on one window after the other, with a progress bar; on a single one without."""
+        if len(windows) == 1:
+            return function(signal)
+        with self.progress_bar(total=len(windows)) as progress_bar:
+            return windows.apply(function, signal, factor, progress_bar.update)
+
+    def decode_latents(self, latents: torch.Tensor, window_length_in_s: float | None = None) -> torch.Tensor:
+        """Decodes music latents to log-mel.
+
+        Latents longer than a window are decoded window by window on a fixed grid, so that the memory does not grow
+        with their length. What lies closer to a window's end than the decoder's convolutions look is discarded; there
+        the next window takes over, within a short fade: group normalisation (and attention, where the decoder has it)
+        looks at the whole window, so that two windows differ a little even there.
+
+        Args:
+            latents: `[batch, channels, time, frequency]`.
+            window_length_in_s: The length of a window; at least the music UNet's own, which is the default.
+
+        Returns:
+            `[batch, 1, frames, bands]`.
+        """
+        num_frames, margin = latents.shape[-2], decoder_margin(self.vae)
+        length = max(
+            self._own_frames(num_frames),
+            self._window_frames(num_frames, window_length_in_s),
+            4 * margin + DECODER_FADE,
+        )
+        windows = Windows.lay_out(num_frames, length, 2 * margin + DECODER_FADE, margin)
+        latents = 1 / self.vae.config.scaling_factor * latents.to(self._execution_device)
+        return self._run_in_windows(
+            lambda window: self.vae.decode(window.to(self.vae.dtype)).sample, latents, windows, self.vae_scale_factor
+        )
 
     def mel_spectrogram_to_waveform(
-        self, mel_spectrogram: torch.Tensor, audio_length_in_s: float | None = None
+        self,
+        mel_spectrogram: torch.Tensor,
+        audio_length_in_s: float | None = None,
+        window_length_in_s: float | None = None,
     ) -> torch.Tensor:
         """Turns log-mel spectrograms into waveforms and cuts what the vocoder adds beyond their end.
+
+        Spectrograms longer than a window go through the vocoder window by window, overlapping by what it looks at: the
+        waveform does not depend on where it was cut.
 
         Args:
             mel_spectrogram: `[batch, 1, frames, bands]` or `[batch, frames, bands]`.
             audio_length_in_s: The length of the waveforms in seconds. None is that of the spectrogram.
+            window_length_in_s: As in `decode_latents`.
 
         Returns:
             `[batch, samples]`, float32, on the CPU.
         """
         if mel_spectrogram.ndim == 4:
             mel_spectrogram = mel_spectrogram.squeeze(1)
+        num_frames = mel_spectrogram.shape[1]
         if audio_length_in_s is None:
-            audio_length_in_s = mel_spectrogram.shape[1] * self._seconds_per_frame
-        mel_spectrogram = mel_spectrogram.to(device=self._execution_device, dtype=self.vocoder.dtype)
-        waveform = self.vocoder(mel_spectrogram)[:, : round(audio_length_in_s * self.sampling_rate)]
-        return waveform.float().cpu()
+            audio_length_in_s = num_frames * self._seconds_per_frame
+        num_latents = math.ceil(num_frames / self.vae_scale_factor)
+        length = max(self._own_frames(num_latents), self._window_frames(num_latents, window_length_in_s))
+        length *= self.vae_scale_factor
+        device, dtype, margin = self._execution_device, self.vocoder.dtype, 0
+        if num_frames > length:
+            margin = vocoder_margin(self.vocoder, device)
+            length = max(length, 4 * margin)
+        waveform = self._run_in_windows(
+            lambda window: self.vocoder(window.to(device=device, dtype=dtype)).float().cpu()[..., None],
+            mel_spectrogram,
+            Windows.lay_out(num_frames, length, 2 * margin + 1, margin),
+            math.prod(self.vocoder.config.upsample_rates),
+        )
+        return waveform[:, : round(audio_length_in_s * self.sampling_rate), 0]
 
     def fit_image_features(
         self, image_features: ImageFeatures, latents: torch.Tensor, synapse_scale: float | list[float] = 1.0
@@ -483,22 +564,56 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         latents: torch.Tensor,
         timestep: torch.Tensor,
         prompt_embeds: torch.Tensor,
+        windows: Windows,
+        group: range,
+        num_waveforms_per_prompt: int,
         cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> torch.Tensor:
-        """Runs the music UNet on every guidance branch and combines them: `[batch, channels, time, frequency]`."""
-        latent_model_input = torch.cat([latents] * self.num_branches)
-        latent_model_input = self.scheduler.scale_model_input(latent_model_input, timestep)
+        """Runs the music UNet on a group of windows in every guidance branch and combines the branches.
+
+        The UNet's batch is laid out as (guidance branch, prompt or picture, window, waveform), or, of a storyboard, as
+        (guidance branch, window, waveform). So what is blended is broadcast in either case.
+
+        Args:
+            latents: Of the whole piece, scaled for the UNet: `[waveforms of all prompts, channels, time, frequency]`.
+            timestep: The noise level.
+            prompt_embeds: `[branches * prompts (of a storyboard: or pictures) * waveforms, channels]`.
+            windows: The windows over `time`.
+            group: Which of them.
+            num_waveforms_per_prompt: Waveforms for each prompt or picture.
+            cross_attention_kwargs: For the attention processors of the UNet.
+
+        Returns:
+            `[windows of the group, waveforms of all prompts, channels, frames of a window, frequency]`.
+        """
+        cut = windows.cut(latents, group).unflatten(1, (-1, num_waveforms_per_prompt)).movedim(0, 1)
+        labels = prompt_embeds.unflatten(0, (self.num_branches, -1, num_waveforms_per_prompt))
+        if windows.image_starts is not None and labels.shape[1] > 1:
+            of_pictures = labels.movedim(1, 0)
+            seen = windows.see(of_pictures, group)
+            # CLAP's embeddings have one length; a mean of several is shorter, and unlike what the UNet was trained on.
+            lengths = windows.see(of_pictures.norm(dim=-1, keepdim=True), group)
+            seen = seen * (lengths / seen.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(seen.dtype).tiny))
+            labels = seen.movedim(0, 1)[:, None]
+        else:
+            labels = labels.unsqueeze(2).expand(-1, -1, len(group), -1, -1)
         noise_pred = self.unet(
-            latent_model_input,
+            torch.cat([cut.flatten(0, 2)] * self.num_branches),
             timestep,
             encoder_hidden_states=None,
-            class_labels=prompt_embeds,
+            class_labels=labels.flatten(0, 3),
             cross_attention_kwargs=cross_attention_kwargs,
         ).sample
-        return self._guide(noise_pred)
+        return self._guide(noise_pred).unflatten(0, cut.shape[:3]).movedim(1, 0).flatten(1, 2)
 
     def _call_back(
-        self, callback: Callable, step: int, timestep: torch.Tensor, names: list[str], tensors: dict[str, torch.Tensor]
+        self,
+        callback: Callable,
+        step: int,
+        timestep: torch.Tensor,
+        names: list[str],
+        tensors: dict[str, torch.Tensor],
+        num_texts: int,
     ) -> list[torch.Tensor]:
         """Shows the callback the named tensors and gives all of them, with those that it returns in their place."""
         returned = callback(self, step, timestep, {name: tensors[name] for name in names}) or {}
@@ -508,7 +623,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         if negative_prompt_embeds is not tensors["negative_prompt_embeds"]:
             negatives = [negative_prompt_embeds] * (self.num_branches - 1)
             prompt_embeds = torch.cat([*negatives, prompt_embeds.chunk(self.num_branches)[-1]])
-        check_branches(prompt_embeds, len(latents), self.num_branches)
+        check_branches(prompt_embeds, num_texts, self.num_branches)
         return latents, prompt_embeds, negative_prompt_embeds
 
     @torch.no_grad()
@@ -534,6 +649,10 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         image_size: int | None = None,
         image_features: ImageFeatures | None = None,
         feature_source: str = "inversion",
+        image_start_in_s: list[float] | None = None,
+        window_length_in_s: float | None = None,
+        window_overlap: float = 0.25,
+        window_batch_size: int | None = None,
         output_type: str = "np",
         return_dict: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
@@ -542,7 +661,8 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
     ) -> AudioPipelineOutput | tuple[np.ndarray | torch.Tensor]:
         """Generates music.
 
-        One picture serves N prompts, one prompt serves N pictures, N pictures meet N prompts.
+        One picture serves N prompts, one prompt serves N pictures, N pictures meet N prompts. With `image_start_in_s`
+        the pictures follow one another in one piece.
 
         Args:
             image: PIL images, numpy arrays `[height, width]` (grey) or `[height, width, 1, 3 or 4]`, torch tensors
@@ -558,7 +678,8 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
                 the picture does not guide, and there is none.
             synapse_scale: Multiplies every alpha of the synapse, or one number for each layer. 0 ignores the picture.
             negative_prompt: What to keep out; one text or as many as prompts.
-            num_waveforms_per_prompt: Waveforms for each prompt (or each picture, where those are more).
+            num_waveforms_per_prompt: Waveforms for each prompt (or each picture, where those are more); of a
+                storyboard, variations of the whole.
             eta: The DDIM paper's, in [0, 1]; for schedulers that take it.
             generator: For reproducible noise; one, or one for each waveform.
             latents: Initial noise `[batch, channels, time, frequency]`, unscaled, in place of the generator's.
@@ -569,6 +690,14 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
             image_features: In place of `image`; see `encode_image`.
             feature_source: `"inversion"` records while inverting; `"reconstruction"` inverts, then records while
                 sampling back, as the paper does, at twice the cost.
+            image_start_in_s: Makes one piece of a storyboard: where each picture begins, in seconds, ascending from 0.
+                `prompt` is then one for the whole or one a picture. A window in which several pictures lie sees each
+                by its share, and so it hears their prompts. None: every picture makes a piece of its own.
+            window_length_in_s: A longer piece is denoised in overlapping windows of this length, merged at every step.
+                None is the UNet's own length; that of the piece is a single pass over all of it.
+            window_overlap: The share of a window that its neighbour shares, in [0, 0.9].
+            window_batch_size: How many windows go through the UNet at once. None: as many as fill its batch to 8 rows
+                on a CPU, to 32 elsewhere.
             output_type: `"np"` or `"pt"` (waveforms), `"mel"` (log-mel spectrograms `[batch, frames, bands]`) or
                 `"latent"`.
             return_dict: Whether to return `AudioPipelineOutput` instead of a tuple.
@@ -630,6 +759,10 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
             image_size=image_size,
             image_features=image_features,
             feature_source=feature_source,
+            image_start_in_s=image_start_in_s,
+            window_length_in_s=window_length_in_s,
+            window_overlap=window_overlap,
+            window_batch_size=window_batch_size,
             output_type=output_type,
             cross_attention_kwargs=cross_attention_kwargs,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
@@ -640,7 +773,8 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         self._image_guidance_scale = None if image_guidance_scale == 1.0 else image_guidance_scale
         self._interrupt = False
         device = self._execution_device
-        batch_size = max(num_prompts, num_images)
+        num_pieces = max(num_prompts, num_images) if image_start_in_s is None else 1
+        batch_size = num_pieces * num_waveforms_per_prompt
 
         # 2. Encode the prompt
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
@@ -652,8 +786,9 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
             device,
         )
         check_finite("the encoding of the prompt", prompt_embeds)
+        num_texts = max(num_prompts, num_pieces)
         prompt_embeds, negative_prompt_embeds = (
-            embeds.expand(batch_size, -1).repeat_interleave(num_waveforms_per_prompt, dim=0)
+            embeds.expand(num_texts, -1).repeat_interleave(num_waveforms_per_prompt, dim=0)
             if embeds is not None
             else None
             for embeds in (prompt_embeds, negative_prompt_embeds)
@@ -668,30 +803,57 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        latents = self.prepare_latents(
-            batch_size * num_waveforms_per_prompt, audio_length_in_s, prompt_embeds.dtype, device, generator, latents
-        )
+        latents = self.prepare_latents(batch_size, audio_length_in_s, prompt_embeds.dtype, device, generator, latents)
         step_parameters = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"eta": eta, "generator": generator}
         step_kwargs = {name: value for name, value in step_kwargs.items() if name in step_parameters}
 
-        # 5. Fit the picture's keys and values to the music UNet; look up which recorded ones each step blends
+        # 5. Lay out the windows
+        windows = self._lay_out_windows(latents.shape[-2], window_length_in_s, window_overlap, image_start_in_s)
+        if window_batch_size is None:
+            rows = ROWS_ON_CPU if device.type == "cpu" else ROWS_ON_ACCELERATOR
+            window_batch_size = max(1, rows // (self.num_branches * batch_size))
+        groups = list(windows.groups(window_batch_size))
+
+        # 6. Fit the picture's keys and values to a window; look up which recorded ones each step blends
         blenders = KVBlenders([])
         if image_features is not None:
             self._warn_if_trained_otherwise(image_features)
-            image_features, alphas = self.fit_image_features(image_features, latents, synapse_scale)
+            window = windows.cut(latents, [0])[0]
+            image_features, alphas = self.fit_image_features(image_features, window, synapse_scale)
             blenders = KVBlenders(self.synapse.config.music_layers)
             branch_alphas = torch.outer(alphas, alphas.new_tensor(IMAGE_BRANCHES))
             recorded_steps = image_features.nearest(timesteps).tolist()
 
-        # 6. Denoise
-        with use_attn_processors(self.unet, blenders), self.progress_bar(total=len(timesteps)) as progress_bar:
+        # 7. Denoise
+        total = len(timesteps) * len(groups)
+        with use_attn_processors(self.unet, blenders), self.progress_bar(total=total) as progress_bar:
             for i, t in enumerate(timesteps):
-                if image_features is not None:
-                    blenders.read(image_features.at_step(recorded_steps[i]), branch_alphas[:, -self.num_branches :])
-                noise_pred = self._predict_noise(latents, t, prompt_embeds, cross_attention_kwargs)
-                latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs).prev_sample
-                progress_bar.update()
+                noise_pred = torch.zeros_like(latents, dtype=torch.promote_types(latents.dtype, torch.float32))
+                model_input = self.scheduler.scale_model_input(latents, t)
+                for group in groups:
+                    if image_features is not None:
+                        recorded = image_features.at_step(recorded_steps[i])
+                        seen = {
+                            layer: [windows.see(states, group) for states in recorded[layer]] for layer in recorded
+                        }
+                        blenders.read(seen, branch_alphas[:, -self.num_branches :])
+                    parts = self._predict_noise(
+                        model_input,
+                        t,
+                        prompt_embeds,
+                        windows,
+                        group,
+                        num_waveforms_per_prompt,
+                        cross_attention_kwargs,
+                    )
+                    windows.merge(noise_pred, parts, group)
+                    progress_bar.update()
+                    if self.interrupt:
+                        break
+                if self.interrupt:
+                    break
+                latents = self.scheduler.step(noise_pred.to(parts.dtype), t, latents, **step_kwargs).prev_sample
                 if callback_on_step_end is not None:
                     tensors = (latents, prompt_embeds, negative_prompt_embeds)
                     latents, prompt_embeds, negative_prompt_embeds = self._call_back(
@@ -700,20 +862,21 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
                         t,
                         callback_on_step_end_tensor_inputs,
                         dict(zip(self._callback_tensor_inputs, tensors)),
+                        num_texts * num_waveforms_per_prompt,
                     )
                 if self.interrupt:
                     break
 
-        # 7. Decode
+        # 8. Decode
         check_finite("denoising", latents)
         audio = latents
         if output_type != "latent":
-            audio = self.decode_latents(latents)
+            audio = self.decode_latents(latents, window_length_in_s)
             check_finite("the VAE decoder", audio)
         if output_type == "mel":
             audio = audio.squeeze(1)[:, : self._num_frames(audio_length_in_s)]
         elif output_type != "latent":
-            audio = self.mel_spectrogram_to_waveform(audio, audio_length_in_s)
+            audio = self.mel_spectrogram_to_waveform(audio, audio_length_in_s, window_length_in_s)
             check_finite("the vocoder", audio, dtype=self.vocoder.dtype)
         audio = audio.float().cpu()
         if output_type == "np":

@@ -1,5 +1,6 @@
 """Figures of what the pipeline makes and of what it looks at. Needs matplotlib, which the package does not require."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import PIL.Image
@@ -40,6 +41,69 @@ def plot_mel_spectrogram(mel_spectrogram: torch.Tensor, seconds_per_frame: float
     )
     axes.set(title=title, xlabel="time (s)", ylabel="mel band")
     figure.colorbar(mesh, label="log magnitude")
+    return figure
+
+
+def plot_storyboard(
+    pictures: Sequence[PIL.Image.Image],
+    image_start_in_s: Sequence[float],
+    mel_spectrogram: torch.Tensor,
+    audio_length_in_s: float,
+    cuts: Sequence[float] | None = None,
+    onsets: Sequence[float] = (),
+    title: str = "",
+) -> "Figure":
+    """Draws pictures over the music that they go with, on one time axis.
+
+    Args:
+        pictures: One a stretch.
+        image_start_in_s: Where each picture begins, in seconds.
+        mel_spectrogram: The whole music, `[frames, bands]`, natural logarithm of the magnitude.
+        audio_length_in_s: Its length in seconds.
+        cuts: Where what is seen changes, in seconds, drawn as lines through the music; None: where pictures begin.
+        onsets: Where notes begin, in seconds, drawn as marks above the music.
+        title: Written above.
+
+    Returns:
+        A figure with a strip of pictures, each at its beginning and as wide as its stretch leaves room for, above
+        the spectrogram.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If pictures and starts differ in number, or the spectrogram has not two dimensions.
+    """
+    if len(pictures) != len(image_start_in_s):
+        raise ValueError(
+            f"`image_start_in_s` must name a second for each picture, got {len(image_start_in_s)} for {len(pictures)}."
+        )
+    if mel_spectrogram.ndim != 2:
+        raise ValueError(f"`mel_spectrogram` must be [frames, bands], got {list(mel_spectrogram.shape)}.")
+    width, height, bands = 14.0, 1.5, mel_spectrogram.shape[1]
+    figure = _empty_figure(width, 5)
+    strip, axes = figure.subplots(2, 1, sharex=True, height_ratios=(height, 3))
+    inches_per_second = width / audio_length_in_s
+    for picture, start, end in zip(pictures, image_start_in_s, [*image_start_in_s[1:], audio_length_in_s]):
+        picture = PIL.ImageOps.exif_transpose(picture).convert("RGB")
+        # No wider than its stretch; what lies outside of the middle is cut off.
+        shown = min((end - start) * inches_per_second, height * picture.width / picture.height)
+        size = (max(1, round(200 * shown)), round(200 * height))
+        place = (start, start + shown / inches_per_second, 0, 1)
+        strip.imshow(PIL.ImageOps.fit(picture, size), extent=place, aspect="auto")
+        strip.axvline(start, color="black", linewidth=0.8)
+    strip.set(ylim=(0, 1), yticks=[], title=title)
+    strip.spines[:].set_visible(False)
+    axes.imshow(
+        mel_spectrogram.detach().float().cpu().numpy().T,
+        origin="lower",
+        aspect="auto",
+        cmap="magma",
+        extent=(0, audio_length_in_s, 0, bands),
+    )
+    for cut in image_start_in_s[1:] if cuts is None else cuts:
+        axes.axvline(cut, color="white", linestyle="--", linewidth=1.2)
+    axes.plot(onsets, [1.02 * bands] * len(onsets), "v", color="C0", markersize=4, label="onsets", clip_on=False)
+    axes.set(xlim=(0, audio_length_in_s), ylim=(0, bands), xlabel="time (s); dashed: cuts, marks: onsets")
+    axes.set_ylabel("mel band")
     return figure
 
 

@@ -21,6 +21,7 @@ from gradio.data_classes import ImageData
 from untrained import untrained_components
 
 from melfusion_pipeline import MelFusionPipeline
+from melfusion_pipeline.film import read_film, read_frames
 
 ROOT = Path(__file__).parents[1]
 
@@ -190,7 +191,8 @@ def test_the_page_is_served_with_its_limits(served, pipe, tmp_path):
     page, address = served
     sliders = {block.label: block for block in page.blocks.values() if isinstance(block, gr.Slider)}
     assert list(sliders) == [
-        *("Length (s)", "Steps", "Guidance", "Picture guidance", "Synapse scale", "Seed", "Variations")
+        *("Length (s)", "Steps", "Guidance", "Picture guidance", "Synapse scale", "Seed", "Variations"),
+        "Seconds for each picture",
     ]
     assert sliders["Length (s)"].value == 0.32 and sliders["Variations"].maximum == app.MAX_VARIATIONS
     config = httpx.get(f"{address}config").json()
@@ -199,8 +201,10 @@ def test_the_page_is_served_with_its_limits(served, pipe, tmp_path):
     (examples,) = [part["props"] for part in config["components"] if part["type"] == "dataset"]
     assert len(examples["samples"]) == len(list((ROOT / "examples" / "images").glob("*.jpg")))
     assert page._queue.max_size == app.MAX_QUEUE and page.delete_cache == (60, app.KEPT_SECONDS)
-    (event,) = [function for function in page.fns.values() if function.api_name == "make_music"]
-    assert event.concurrency_limit == 1
+    events = [function for function in page.fns.values() if function.api_name in ("make_music", "make_slideshow")]
+    assert len(events) == 2 and {(event.concurrency_limit, event.concurrency_id) for event in events} == {
+        (1, "pipeline")
+    }
 
     upload = {"files": ("large.jpg", b"x" * 10_500_000)}
     assert httpx.post(f"{address}gradio_api/upload", files=upload).status_code == 413
@@ -225,6 +229,36 @@ def test_music_is_made_over_http_and_errors_arrive(served, tmp_path):
     ):
         with pytest.raises(gradio_client.exceptions.AppError, match=message):
             client.predict(file, prompt, 1.0, 2, 3.0, 1.0, 1.0, 5, variations, api_name="/make_music")
+
+
+def test_a_slide_show_is_made_over_http_in_the_order_of_the_files(served, tmp_path):
+    _, address = served
+    for name, colour in (("b", "red"), ("a", "blue")):
+        PIL.Image.new("RGB", (60, 40), colour).save(tmp_path / f"{name}.png")
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "films").mkdir()
+    client = gradio_client.Client(address, verbose=False, download_files=tmp_path / "films")
+
+    def make(*names, prompt="a harp", seconds=2.0):
+        files = [gradio_client.handle_file(tmp_path / f"{name}.png") for name in names]
+        return client.predict(files, prompt, seconds, 3, api_name="/make_slideshow")
+
+    video, download = make("b", "a")
+    path = video["video"] if isinstance(video, dict) else video
+    film = read_film(path)
+    assert Path(path).name == "a-harp.mp4" and film.duration == pytest.approx(4, abs=0.01)
+    first, last = read_frames(film, [0.5, 3.5])
+    assert first.size == (1280, 720)
+    assert first.getpixel((640, 360))[0] > 200 and last.getpixel((640, 360))[2] > 200
+    for arguments, message in (
+        ({"names": []}, "takes 1 to 24 pictures, and there are 0"),
+        ({"names": ["a"] * 25}, "takes 1 to 24 pictures, and there are 25"),
+        ({"names": ["a", "text"]}, "text.png cannot be read as a picture"),
+        ({"names": ["a"], "prompt": " "}, "Say in 1 to 300 characters what should play"),
+        ({"names": ["a"], "seconds": 60.0}, "greater than maximum"),
+    ):
+        with pytest.raises(gradio_client.exceptions.AppError, match=message):
+            make(*arguments.pop("names"), **arguments)
 
 
 @pytest.fixture
@@ -394,3 +428,32 @@ def test_the_page_on_a_phone(running, browser, tmp_path):
     page.wait_for_message("This file cannot be read as a picture")
     wait_for(lambda: not page.find("button[aria-label='Remove Image']"))
     page.photograph("phone_error")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width, height, name", [(1280, 900, "desktop"), (390, 844, "phone")])
+def test_a_slide_show_is_made_and_watched_in_a_browser(running, browser, tmp_path, width, height, name):
+    page = Page(browser, tmp_path)
+    page.resize(width, height, mobile=name == "phone")
+    browser.get(running)
+    page.click("button[role=tab]", "A slide show")
+    page.click("button", "Make a slide show")
+    page.wait_for_message("A slide show takes 1 to 24 pictures, and there are 0")
+    images = [ROOT / "examples" / "images" / f"{one}.jpg" for one in ("fog", "lightning", "dandelions")]
+    wait_for(lambda: browser.find_elements("css selector", "input[type=file][multiple]"))
+    browser.find_element("css selector", "input[type=file][multiple]").send_keys("\n".join(map(str, images)))
+    wait_for(lambda: len(page.find(".grid-container img")) == 3)
+    (sentence,) = page.find("textarea")
+    sentence.send_keys("a waltz for piano")
+    page.click("button", "Make a slide show")
+    wait_for(lambda: page.find("button", "Download MP4"))
+    video = "document.querySelector('video')"
+    wait_for(lambda: browser.execute_script(f"return {video} && {video}.readyState >= 2"))
+    assert browser.execute_script(f"return {video}.duration") == pytest.approx(15, abs=0.1)
+    browser.execute_script(f"{video}.muted = true; {video}.play()")
+    wait_for(lambda: browser.execute_script(f"return {video}.currentTime > 0.5"))
+    assert page.fits()
+    page.photograph(f"{name}_slideshow", position=0 if name == "desktop" else 700)
+    page.click("button", "Download MP4")
+    (path,) = wait_for(lambda: set(page.downloads.glob("*.mp4")))
+    assert read_film(path).duration == pytest.approx(15, abs=0.1)

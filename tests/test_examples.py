@@ -1,12 +1,20 @@
 """The scripts of `examples/`, run as a user runs them."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
+import pytest
 import soundfile
+from conftest import photograph
+from films import clicks, write_film
+from slideshow import lay_out, list_pictures
+
+from melfusion_pipeline.film import find_onsets, read_film
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,3 +60,77 @@ def test_another_package_called_evaluate_is_not_taken_for_ours(tmp_path):
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def folder(pipe, tmp_path):
+    """A small checkpoint, five pictures, and a film of four shots."""
+    pipe.save_pretrained(tmp_path / "checkpoint")
+    (tmp_path / "pictures").mkdir()
+    for name in (1, 2, 10):
+        photograph(name, 90, 60).save(tmp_path / "pictures" / f"{name}.png")
+    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
+    write_film(tmp_path / "film.mp4", sound=clicks([1.3, 2.4], 4))
+    return tmp_path
+
+
+def make(folder, script, *arguments):
+    settings = ("--checkpoint", folder / "checkpoint", "--num_inference_steps", "2", "--preview")
+    return run_example(script, *arguments, *settings)
+
+
+def test_a_slide_show_is_made_of_a_folder_and_changes_on_the_beat(folder):
+    (folder / "prompts.txt").write_text("a\nb\n\nc\n")
+    size = ("--prompts", folder / "prompts.txt", "--seconds", "1", "1.5", "1", "--size", "160x90")
+    printed = make(folder, "slideshow.py", folder / "pictures", *size, "--output", folder / "new" / "show.mp4")
+    assert sorted(path.name for path in (folder / "new").iterdir()) == [
+        "show.json",
+        "show.mp4",
+        "show.png",
+        "show.wav",
+    ]
+    film, (waveform, rate) = read_film(folder / "new" / "show.mp4"), soundfile.read(folder / "new" / "show.wav")
+    assert film.duration == pytest.approx(3.5, abs=0.03) and len(waveform) == 3.5 * rate
+    table = json.loads((folder / "new" / "show.json").read_text())
+    assert [Path(row["picture"]).name for row in table] == ["1.png", "2.png", "10.png"]
+    assert [row["asked_for"] for row in table] == [0, 1, 2.5]
+    onsets, moved = find_onsets(waveform.astype(np.float32), rate)[0], 0
+    for row in table[1:]:
+        # A third of a second's stretch is how far a change may go here.
+        if np.abs(onsets - row["asked_for"]).min(initial=9) < 0.33:
+            assert np.abs(onsets - row["start"]).min() < 0.04
+            moved += row["start"] != row["asked_for"]
+    assert f"{moved} of 2 changes moved" in printed and PIL.Image.open(folder / "new" / "show.png").width > 1000
+
+
+def test_a_film_is_scored_by_its_shots(folder):
+    (folder / "shots.csv").write_text("start\n1.0\n2.0\n")
+    output = folder / "scored.mp4"
+    arguments = ("--variations", "2", "--shots", folder / "shots.csv", "--old_sound", "keep", "--output", output)
+    printed = make(folder, "score_film.py", folder / "film.mp4", *arguments)
+    assert read_film(output).duration == pytest.approx(4, abs=0.01)
+    table = json.loads(output.with_suffix(".json").read_text())
+    assert [(row["shot"], row["start"], row["end"]) for row in table] == [(1, 0, 1), (2, 1, 2), (3, 2, 4)]
+    assert all(row["start"] < row["picture_at"] < row["end"] and 0 <= row["arousal"] <= 1 for row in table)
+    assert "4.0 s, 3 shots, 3 pictures" in printed and "the best of" in printed and "shifted at random" in printed
+    assert output.with_suffix(".png").is_file()
+
+
+def test_what_cannot_become_a_slide_show_or_a_film_is_refused_by_name(folder):
+    with pytest.raises(ValueError, match="There is no picture in"):
+        list_pictures([folder / "checkpoint"])
+    assert lay_out(3, [2.0], None) == ([0, 2, 4], 6) and lay_out(4, [6.0], 10.0) == ([0, 2.5, 5, 7.5], 10)
+    with pytest.raises(ValueError, match="--seconds takes one number or one a picture, got 2 for 3 pictures"):
+        lay_out(3, [1.0, 2.0], None)
+    for seconds in (0.0, float("nan"), 3600.0):
+        with pytest.raises(ValueError, match="more than 0 and less than 3600 seconds"):
+            lay_out(3, [seconds], None)
+    for command, message in (
+        (("slideshow.py", folder / "pictures" / "notes.txt"), "notes.txt' cannot be read as a picture"),
+        (("slideshow.py", folder / "pictures", "--size", "wide"), "'wide' is no size such as 1280x720"),
+        (("score_film.py", folder / "film.mp4", "--output", folder / "film.mp4"), "--output is the film itself"),
+        (("score_film.py", folder / "pictures" / "1.png.mp4"), "1.png.mp4"),
+    ):
+        command = [sys.executable, ROOT / "examples" / command[0], *command[1:]]
+        result = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True)
+        assert result.returncode != 0 and message in result.stderr.splitlines()[-1]

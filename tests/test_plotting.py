@@ -14,6 +14,7 @@ from melfusion_pipeline.plotting import (
     plot_alphas,
     plot_mel_spectrogram,
     plot_picture_influence,
+    plot_storyboard,
 )
 
 
@@ -180,3 +181,33 @@ def test_influence_is_drawn_over_the_square_of_the_picture(tmp_path):
     assert all(panel.origin == "upper" and panel.get_clim() == (0.25, 4) for panel in drawn)
     figure.savefig(tmp_path / "influence.png")
     assert len(set(PIL.Image.open(tmp_path / "influence.png").convert("RGB").getdata())) > 10
+
+
+def test_a_storyboard_is_drawn_on_one_time_axis():
+    pictures = [PIL.Image.new("RGB", size, colour) for size, colour in (((60, 40), "red"), ((40, 60), "blue"))]
+    mel = torch.full((100, 64), -11.0)
+    figure = plot_storyboard(pictures, [0.0, 9.0], mel, 10.0, onsets=[1.0, 9.1], title="a story")
+    strip, axes = figure.axes
+    assert strip.get_title() == "a story" and strip.get_xlim() == axes.get_xlim() == (0, 10)
+    (red, blue), (spectrogram,) = strip.images, axes.images
+    assert (red.get_array()[..., 0] > 200).all() and (blue.get_array()[..., 2] > 200).all()
+    # The first keeps its shape, the second is as wide as its second of time.
+    assert (
+        red.get_extent()[0] == 0
+        and red.get_extent()[1] < 2
+        and blue.get_extent()[:2] == pytest.approx([9, 9.71], abs=0.01)
+    )
+    assert spectrogram.get_extent() == [0, 10, 0, 64]
+    (cut,) = [line for line in axes.lines if line.get_linestyle() == "--"]
+    (marks,) = [line for line in axes.lines if line.get_marker() == "v"]
+    assert list(cut.get_xdata()) == [9, 9] and list(marks.get_xdata()) == [1, 9.1]
+    cuts = plot_storyboard(pictures, [0.0, 9.0], mel, 10.0, cuts=[2.0, 3.0, 4.0]).axes[1].lines
+    assert [line.get_xdata()[0] for line in cuts if line.get_linestyle() == "--"] == [2, 3, 4]
+
+
+def test_storyboards_that_do_not_fit_are_refused():
+    picture, mel = PIL.Image.new("RGB", (8, 8)), torch.zeros(10, 4)
+    with pytest.raises(ValueError, match="`image_start_in_s` must name a second for each picture, got 2 for 1"):
+        plot_storyboard([picture], [0.0, 1.0], mel, 2.0)
+    with pytest.raises(ValueError, match=r"\[frames, bands\], got \[1, 10, 4\]"):
+        plot_storyboard([picture], [0.0], mel[None], 2.0)

@@ -22,6 +22,7 @@ import torch
 from conftest import photograph, use_hub
 from diffusers import DDIMScheduler, PNDMScheduler
 from extractor_checkpoints import save_ast, save_clap, save_clip
+from films import clicks, write_film
 from full_size import build_components
 from hub_standin import HubStandIn
 from safetensors.torch import load_file
@@ -31,6 +32,7 @@ from untrained import autoencoder, music_components, music_unet, picture_compone
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.attention_melfusion import MAX_RECORDED_TOKENS
 from melfusion_pipeline.data import load_rows
+from melfusion_pipeline.film import read_film
 from melfusion_pipeline.inversion_melfusion import record_image_features
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +49,8 @@ SHORTER = {
     "evaluate.py": "--num_inference_steps 2 --audio_length_in_s 1.28",
     "publish.py": "--num_inference_steps 2",
     "generate.py": "--num_inference_steps 5",
+    "slideshow.py": "--num_inference_steps 2 --seconds 1 --size 320x180",
+    "score_film.py": "--num_inference_steps 2",
 }
 
 
@@ -166,7 +170,7 @@ def hub(tmp_path_factory) -> HubStandIn:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, hub) -> Path:
-    """A copy of this repository with a set of triplets and a song; it is the folder in which everything runs."""
+    """A copy of this repository with triplets, a song and a film; it is the folder in which everything runs."""
     folder = tmp_path_factory.mktemp("repository")
     for name in REPOSITORY:
         (folder / name).symlink_to(ROOT / name)
@@ -178,6 +182,7 @@ def workspace(tmp_path_factory, hub) -> Path:
     write_set(folder / "set")
     song = np.sin(2 * np.pi * 440 * np.arange(45 * 44100) / 44100) * 0.4
     soundfile.write(folder / "song.mp3", song, 44100)
+    write_film(folder / "holiday.mp4", sound=clicks([1, 2], 4))
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
         monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -239,6 +244,10 @@ def test_block_runs(block, workspace, namespaces):
 
 def test_the_blocks_made_what_the_page_says(workspace, hub, namespaces):
     assert soundfile.info(workspace / "build" / "lightning.wav").samplerate == 16000
+    # Eleven pictures of a second each, and the film's four seconds.
+    for name, seconds in (("slideshow", 11), ("holiday", 4)):
+        assert read_film(workspace / "build" / f"{name}.mp4").duration == pytest.approx(seconds, abs=0.01)
+        assert (workspace / "build" / f"{name}.json").is_file() and (workspace / "build" / f"{name}.png").is_file()
     assert soundfile.info(workspace / "cello.wav").duration == pytest.approx(10.24)
     assert list(namespaces["Train it on your own triplets"]["latents"].shape) == [1, 8, 256, 16]
     results = json.loads((workspace / "results" / "results.json").read_text())
