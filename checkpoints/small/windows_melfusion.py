@@ -1,0 +1,1 @@
+../../melfusion_pipeline/windows_melfusion.py
