@@ -196,9 +196,9 @@ BAD_ARGUMENTS = {
     "image": wrong_pictures(),
     "prompt": not_texts,
     "audio_length_in_s": wrong_reals(0.039, 3600.0),
-    "num_inference_steps": wrong_integers(1, 1000) | st.none(),
-    "num_inversion_steps": wrong_integers(1, 1000) | st.none(),
-    "guidance_scale": wrong_reals() | st.none(),
+    "num_inference_steps": wrong_integers(1, 1000),
+    "num_inversion_steps": wrong_integers(1, 1000),
+    "guidance_scale": wrong_reals(),
     "image_guidance_scale": wrong_reals(),
     "synapse_scale": wrong_reals()
     | st.none()
