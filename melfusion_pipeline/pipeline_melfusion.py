@@ -47,6 +47,8 @@ logger = logging.get_logger(__name__)
 # 1 where a guidance branch sees the picture. With fewer than three branches the first ones are left out.
 IMAGE_BRANCHES = (0.0, 1.0, 1.0)
 
+# Pictures that go through the image UNet in one batch.
+IMAGES_AT_ONCE = 8
 # Rows of the music UNet's batch that windows fill by default: a processor gains nothing from more.
 ROWS_ON_CPU, ROWS_ON_ACCELERATOR = 8, 32
 # Latent frames over which neighbouring decoded windows pass into each other, between their margins.
@@ -318,16 +320,25 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         feature_source: str,
     ) -> ImageFeatures:
         prompt_embeds = self.encode_image_prompt(image_prompt, len(images))
-        features = record_image_features(
-            self.image_unet,
-            self.image_scheduler,
-            self._encode_pixels(images, image_size),
-            prompt_embeds,
-            self.synapse.config.image_layers,
-            num_inversion_steps,
-            feature_source,
-            self.progress_bar,
-        )
+        parts = [
+            record_image_features(
+                self.image_unet,
+                self.image_scheduler,
+                self._encode_pixels(images[first : first + IMAGES_AT_ONCE], image_size),
+                prompt_embeds[first : first + IMAGES_AT_ONCE],
+                self.synapse.config.image_layers,
+                num_inversion_steps,
+                feature_source,
+                self.progress_bar,
+            )
+            for first in range(0, len(images), IMAGES_AT_ONCE)
+        ]
+        features = parts[0]
+        if len(parts) > 1:
+            # Along the pictures; a storyboard may have many, the image UNet's batch may not.
+            keys = {layer: torch.cat([part.keys[layer] for part in parts], dim=1) for layer in features.keys}
+            values = {layer: torch.cat([part.values[layer] for part in parts], dim=1) for layer in features.keys}
+            features = replace(features, keys=keys, values=values)
         check_finite("the inversion of the picture", *features.keys.values(), *features.values.values())
         return replace(features, image_size=image_size or self.default_image_size)
 

@@ -196,9 +196,9 @@ BAD_ARGUMENTS = {
     "image": wrong_pictures(),
     "prompt": not_texts,
     "audio_length_in_s": wrong_reals(0.039, 3600.0),
-    "num_inference_steps": wrong_integers(1, 1000) | st.none(),
-    "num_inversion_steps": wrong_integers(1, 1000) | st.none(),
-    "guidance_scale": wrong_reals() | st.none(),
+    "num_inference_steps": wrong_integers(1, 1000),
+    "num_inversion_steps": wrong_integers(1, 1000),
+    "guidance_scale": wrong_reals(),
     "image_guidance_scale": wrong_reals(),
     "synapse_scale": wrong_reals()
     | st.none()
@@ -215,6 +215,15 @@ BAD_ARGUMENTS = {
     "image_size": wrong_integers(1, 8192) | st.integers(0, 2000).map(lambda number: 4 * number + 2),
     "image_features": st.one_of(oddities, st.integers(), st.text(max_size=4), st.just(torch.zeros(2))),
     "feature_source": choices,
+    # Of the one picture; [0] is right, as a tuple and a tensor too.
+    "image_start_in_s": oddities.filter(lambda value: value != (0,))
+    | st.integers()
+    | st.text(max_size=4)
+    | st.lists(st.floats() | st.integers(), max_size=3).filter(lambda starts: starts != [0])
+    | shapes.filter(lambda shape: shape != [1]).map(torch.zeros),
+    "window_length_in_s": wrong_reals(0.319, 3600.0),
+    "window_overlap": wrong_reals(0.0, 0.9) | st.none(),
+    "window_batch_size": st.integers(max_value=0) | st.floats() | not_numbers,
     "output_type": choices,
     "cross_attention_kwargs": st.one_of(st.integers(), st.text(max_size=4), st.lists(st.integers(), max_size=2)),
     "callback_on_step_end": st.one_of(oddities, st.integers(), st.text(max_size=4)),

@@ -232,6 +232,20 @@ def test_variations_of_a_storyboard_and_one_prompt_for_all(pipe):
     assert np.array_equal(run(pipe, pictures, PROMPTS[0], seed=3, image_start_in_s=seconds, **kwargs)[0], given[0])
 
 
+def test_many_pictures_are_inverted_in_batches_of_few(pipe):
+    pictures = [photograph(seed) for seed in range(11)]
+    batches = []
+    hook = pipe.image_unet.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    prompts = [f"picture {number}" for number in range(11)]
+    features = pipe.encode_image(pictures, prompts, num_inversion_steps=2)
+    hook.remove()
+    assert batches == [8, 8, 3, 3] and features.num_images == 11
+    alone = pipe.encode_image(pictures[9], prompts[9], num_inversion_steps=2)
+    for layer, key in alone.keys.items():
+        torch.testing.assert_close(features.keys[layer][:, 9], key[:, 0], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(features.values[layer][:, 9], alone.values[layer][:, 0], atol=1e-3, rtol=1e-3)
+
+
 def test_a_storyboard_within_one_window_sees_its_pictures_by_share(pipe):
     pictures = [photograph(1), photograph(2)]
     mixed = run(pipe, pictures, PROMPTS[0], image_start_in_s=[0, 0.16], output_type="latent")
