@@ -121,7 +121,13 @@ def draw_tab(
                 height=220,
             )
             shown = gr.Gallery(
-                label="In this order", interactive=False, columns=4, height=180, buttons=[], visible=False
+                label="In this order",
+                show_label=False,
+                interactive=False,
+                columns=4,
+                height=180,
+                buttons=[],
+                visible=False,
             )
             prompt = gr.Textbox(label="What should play", placeholder="a waltz for piano", max_length=max_characters)
             seconds = gr.Slider(2.0, 15.0, 5.0, step=0.5, label="Seconds for each picture")

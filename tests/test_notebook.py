@@ -39,15 +39,17 @@ def check_outputs(notebook):
     kinds = [output.output_type for cell in notebook.cells for output in cell.get("outputs", [])]
     assert "error" not in kinds
     waveforms, pictures = media(notebook)
-    # With the picture, without it, and the sweep.
-    assert len(waveforms) == 6
-    assert len({len(waveform) for waveform in waveforms}) == 1
+    # With the picture, without it, the sweep, and four pictures in time.
+    assert len(waveforms) == 7
     assert min(np.abs(waveform).max() for waveform in waveforms) > 1e-3
-    with_picture, without, *sweep = waveforms
+    with_picture, without, *sweep, storyboard = waveforms
+    assert len({len(waveform) for waveform in waveforms[:-1]}) == 1
+    # An MP3 ends with a whole block.
+    assert len(storyboard) == pytest.approx(4 * len(without), abs=8000)
     assert np.array_equal(sweep[0], without) and np.array_equal(sweep[2], with_picture)
     assert np.abs(with_picture - without).max() > 1e-3
-    # Picture, reconstruction, two spectrograms, alphas, influence, sweep; none of them blank.
-    assert len(pictures) == 7
+    # Picture, reconstruction, two spectrograms, alphas, influence, sweep, storyboard; none of them blank.
+    assert len(pictures) == 8
     assert all(len(picture.resize((64, 64)).getcolors(4096)) > 20 for picture in pictures)
 
     printed = texts(notebook)
