@@ -53,6 +53,9 @@ class Windows:
             overlap: The frames that neighbours share, in [0, length).
             margin: See the class; at most half of `overlap`.
             image_starts: See the class.
+
+        Returns:
+            The windows.
         """
         length = min(length, num_frames)
         # A single window has no neighbour, whatever the overlap.
@@ -77,7 +80,15 @@ class Windows:
         )
 
     def cut(self, signal: torch.Tensor, group: Iterable[int]) -> torch.Tensor:
-        """Cuts `signal` `[batch, ..., num_frames, F]` into a group of windows `[windows, batch, ..., length, F]`."""
+        """Cuts a signal into windows.
+
+        Args:
+            signal: `[batch, ..., num_frames, F]`.
+            group: The indices of the windows.
+
+        Returns:
+            `[windows, batch, ..., length, F]`.
+        """
         return torch.stack([signal.narrow(-2, self.starts[index], self.length) for index in group])
 
     def weight(self, index: int) -> torch.Tensor:
@@ -178,7 +189,17 @@ def _normalised_weight(length: int, neighbours: tuple[tuple[int, int, int], ...]
 
 
 def triangle(frames: torch.Tensor, length: int, left_margin: int = 0, right_margin: int = 0) -> torch.Tensor:
-    """The triangle g over a window of `length` frames: the distance from the nearer end, less the margin there."""
+    """Gives the triangle g: the distance of each frame's middle from the window's nearer end, less the margin there.
+
+    Args:
+        frames: Frames counted from the window's first, `[frames]`.
+        length: The frames of the window.
+        left_margin: The frames at its beginning that are discarded.
+        right_margin: The frames at its end that are discarded.
+
+    Returns:
+        `[frames]`, above 0 also where frames are discarded.
+    """
     distance = torch.minimum(frames + 0.5 - left_margin, length - 0.5 - frames - right_margin)
     return distance.clamp(min=LEAST_WEIGHT)
 
@@ -187,6 +208,12 @@ def decoder_margin(vae: Any) -> int:
     """Counts the latent frames on either side that the convolutions of an `AutoencoderKL`'s decoder look at.
 
     Group normalisation and the attention of a mid block look at all of a window; that no margin can help.
+
+    Args:
+        vae: The `AutoencoderKL`.
+
+    Returns:
+        The latent frames.
     """
     radius = 1 + 2 * len(vae.decoder.mid_block.resnets)
     scale = 1
@@ -206,6 +233,9 @@ def vocoder_margin(vocoder: Any, device: torch.device | str = "cpu", num_frames:
         vocoder: `[batch, frames, bands]` to `[batch, samples]`.
         device: Where the vocoder computes.
         num_frames: The length of the trial; what it finds is at most a third of that.
+
+    Returns:
+        The mel frames.
     """
     bands, hop = vocoder.config.model_in_dim, math.prod(vocoder.config.upsample_rates)
     third = num_frames // 3

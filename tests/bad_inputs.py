@@ -630,7 +630,7 @@ def try_media(folder: Path) -> list[Outcome]:
 
         outcomes += fuzz(damages(path.read_bytes()), 40, attempt)
     samples = np.zeros(100)
-    for place in ("x.mp3", "x", "none/x.wav", ".wav"):
+    for place in ("x.m4a", "x", "none/x.wav", ".wav"):
         what, save = f"save as {place}", functools.partial(save_audio, folder / place, samples, 16000)
         outcomes.append(refuse("sound file", what, save, place.rpartition("/")[2], folder))
     for rate in (0, -1, 1.5, True, None, "16000"):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,6 +99,10 @@ def use_hub(home: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
         for module in (diffusers.utils.dynamic_modules_utils, transformers.dynamic_module_utils):
             monkeypatch.setattr(module, "HF_MODULES_CACHE", str(home / "modules"))
+        # What other Hubs of this process gave must not be found first.
+        monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not entry.endswith("/modules")])
+        for name in [name for name in sys.modules if name.startswith("diffusers_modules")]:
+            monkeypatch.delitem(sys.modules, name)
         yield hub
 
 
