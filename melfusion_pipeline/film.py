@@ -322,7 +322,7 @@ def find_onsets(waveform: np.ndarray | torch.Tensor, sampling_rate: int) -> tupl
 
 
 def draw_spectrogram(waveform: np.ndarray | torch.Tensor, sampling_rate: int, num_columns: int = 4000) -> torch.Tensor:
-    """Computes a log-mel spectrogram to look at, for `melfusion_pipeline.plotting.plot_storyboard`.
+    """Computes a log-mel spectrogram to look at, for `plot_storyboard`.
 
     Args:
         waveform: `[T]`, mono, of any length.
