@@ -8,8 +8,8 @@ from corpus import load_waveform, read_rows
 from diffusers import AutoencoderKL
 from judge import format_judgement, judge
 from torch.nn import functional as F
-from transformers import SpeechT5HifiGan
 
+from melfusion_pipeline import MusicVocoder
 from melfusion_pipeline.audio import log_mel_spectrogram
 
 
@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
 def reconstructions(args: argparse.Namespace, waveforms: torch.Tensor) -> dict[str, torch.Tensor]:
     """Returns the clips `[N, T]` as they are, through the vocoder, and through autoencoder and vocoder."""
     vae = AutoencoderKL.from_pretrained(args.output / "components/vae").eval()
-    vocoder = SpeechT5HifiGan.from_pretrained(args.output / "components/vocoder").eval()
+    vocoder = MusicVocoder.from_pretrained(args.output / "components/vocoder").eval()
     mels = log_mel_spectrogram(waveforms)
     decoded = torch.cat([vae(batch.unsqueeze(1)).sample.squeeze(1) for batch in mels.split(8)])
     print(f"log-mel L1 of the autoencoder: {F.l1_loss(decoded, mels):.3f}")
