@@ -322,11 +322,13 @@ def test_the_decoder_learns_while_the_latents_are_kept(tmp_path, monkeypatch, ca
 
 def test_the_vocoder_learns_with_and_without_a_discriminator(tmp_path, monkeypatch, capsys):
     write_clips(tmp_path / "data")
-    options = ("--steps", 2, "--batch_size", 2, "--discriminator_from", 1)
-    run_stage(train_vocoder, monkeypatch, tmp_path, *options)
+    options = ("--batch_size", 2, "--discriminator_from", 1)
+    run_stage(train_vocoder, monkeypatch, tmp_path, *options, "--steps", 2)
     assert "done: validation log-mel L1" in capsys.readouterr().out
+    create_vae().save_pretrained(tmp_path / "vae")
+    run_stage(train_vocoder, monkeypatch, tmp_path, *options, "--steps", 3, "--vae", tmp_path / "vae")
     steps = [load_file(tmp_path / f"out/state/{name}.safetensors")["step"] for name in ("vocoder", "discriminator")]
-    assert [int(step) for step in steps] == [2, 1]
+    assert [int(step) for step in steps] == [3, 2]
     MusicVocoder.from_pretrained(tmp_path / "out/components/vocoder")
 
 

@@ -49,6 +49,16 @@ def test_the_same_spectrogram_gives_the_same_waveform_and_leaves_the_random_stat
     assert torch.equal(state, torch.get_rng_state())
 
 
+@torch.no_grad()
+def test_what_the_backbone_sees_is_normalised(vocoder):
+    # Without a bias the norm that follows would hide every scale.
+    torch.nn.init.normal_(vocoder.embed.bias)
+    scaled = MusicVocoder(**TINY, mel_mean=-2.0, mel_std=0.5).eval()
+    scaled.load_state_dict(vocoder.state_dict())
+    mean, std = vocoder.config.mel_mean, vocoder.config.mel_std
+    torch.testing.assert_close(scaled((mels() - mean) / std * 0.5 - 2), vocoder(mels()), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("tone", [40, 144, 250])
 def test_a_tone_that_stays_the_same_sounds_at_its_own_frequency(vocoder, tone):
     strengths = torch.zeros(1, 200, vocoder.num_tones, dtype=torch.complex64)

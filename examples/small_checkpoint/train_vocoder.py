@@ -1,7 +1,13 @@
-"""Trains the vocoder: spectral losses at five resolutions, and from `--discriminator_from` on a discriminator."""
+"""Trains the vocoder: spectral losses at five resolutions, and from `--discriminator_from` on a discriminator.
+
+First on the clips' own spectrograms; with `--vae` on what an autoencoder makes of them, against the same waveforms.
+"""
+
+from pathlib import Path
 
 import torch
 from corpus import load_mels, load_waveforms
+from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -121,6 +127,13 @@ def without_context(waveform: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+def reconstruct(vae: AutoencoderKL, mels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Returns what an autoencoder makes of log-mel spectrograms `[B, T, 64]`, T a whole number of latent frames."""
+    latents = vae.encode(mels.unsqueeze(1)).latent_dist.sample(generator)
+    return vae.decode(latents).sample.squeeze(1).float()
+
+
+@torch.no_grad()
 def mel_error(vocoder: MusicVocoder, mels: torch.Tensor) -> float:
     """Returns the log-mel L1 between `[N, T, 64]` and the spectrograms of the vocoded waveforms."""
     vocoded = torch.cat([log_mel_spectrogram(vocoder(batch)) for batch in mels.float().split(8)])
@@ -130,10 +143,12 @@ def mel_error(vocoder: MusicVocoder, mels: torch.Tensor) -> float:
 def main() -> None:
     parser = stage_parser(__doc__, steps=60000, batch_size=8, learning_rate=1e-3)
     parser.add_argument("--discriminator_from", type=int, default=2000, help="step at which the discriminator joins")
+    parser.add_argument("--vae", type=Path, help="folder of an autoencoder, to train on its spectrograms")
     parser.add_argument("--bf16", action="store_true", help="faster where the processor has AMX")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     mels, waveforms = load_mels(args, "train"), load_waveforms(args, "train")
+    vae = None if args.vae is None else AutoencoderKL.from_pretrained(args.vae)
     vocoder, discriminator = create_vocoder(mels), SpectrumDiscriminator()
     training = Training(vocoder, args.output / "state/vocoder.safetensors", args, betas=(0.8, 0.99))
     judging = Training(discriminator, args.output / "state/discriminator.safetensors", args, betas=(0.8, 0.99))
@@ -142,6 +157,8 @@ def main() -> None:
         segments, real = draw_segments(args.batch_size, mels, waveforms, generator)
         first_frame = torch.randint(512, (), generator=generator).item()
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            if vae is not None:
+                segments = reconstruct(vae, segments, generator)
             generated = without_context(vocoder(segments, first_frame))
             losses = spectral_losses(generated, real)
             loss = losses["spectral"] + losses["mel"]
