@@ -15,11 +15,14 @@ from build_data import CLIPS_PER_VARIED_CROP, combine, vary, write_varied
 from build_story_set import Screen, clean, read_screens
 from conftest import photograph
 from diffusers import AutoencoderKL
+from evaluate_base import griffin_lim
+from judge import format_judgement, judge, rank_correlation
 from measure_music import harmonic_to_noise, major_minor, measure_music, onset_rate, register, spectral_flatness
 from mood import AROUSAL, VALENCE, MoodRule, measure_picture, mood_bin
 from music import DRUM_CHANNEL, DURATION, GENRES, INSTRUMENTS, SAMPLING_RATE, compose, tempo_of
 from pictures import Picture
 from safetensors.torch import load_file
+from train_classifier import create_classifier, create_feature_extractor
 from train_clip import create_clip, create_processor
 from train_image_unet import create_scheduler, noise_loss
 from train_image_unet import create_unet as create_image_unet
@@ -332,6 +335,14 @@ def test_the_vocoder_learns_with_and_without_a_discriminator(tmp_path, monkeypat
     MusicVocoder.from_pretrained(tmp_path / "out/components/vocoder")
 
 
+def test_griffin_lim_gives_a_sound_of_that_spectrogram():
+    noise = 0.01 * torch.randn(1, 32000, generator=torch.Generator().manual_seed(0))
+    mels = log_mel_spectrogram(noise + torch.from_numpy(0.1 * tones(60, 63, 67))[None, :32000])
+    again = griffin_lim(mels)
+    errors = [(log_mel_spectrogram(again) - expected).abs().mean().item() for expected in (mels, mels.flip(-1))]
+    assert again.shape == (1, 32000) and errors[0] < 0.5 < 0.8 < errors[1]
+
+
 def test_segments_sound_as_their_spectrograms_say():
     waveforms = torch.from_numpy(np.stack([0.2 * tones(60, 64), 0.2 * tones(57, 72)])) + 0.01 * torch.randn(2, 81920)
     mels = log_mel_spectrogram(waveforms)
@@ -347,6 +358,26 @@ def test_the_wrong_third_costs_more_than_the_wrong_phase():
     assert spectral_losses(major, major)["spectral"] == 0
     wrong, shifted = (spectral_losses(other, major) for other in (minor, later))
     assert wrong["spectral"] > 2 * shifted["spectral"]
+
+
+def test_clips_are_judged_in_all_and_instrument_by_instrument(tmp_path):
+    create_classifier().save_pretrained(tmp_path)
+    create_feature_extractor().save_pretrained(tmp_path)
+    rows, waveforms = [], []
+    for index in range(16):
+        mood = {"arousal": index % 8 / 7, "valence": float(index % 2)}
+        rows.append({"picture": f"{index // 2}", "instrument": ("organ", "piano")[index // 8]} | mood)
+        beats = np.floor(TIME * (1 + index % 8)) / (1 + index % 8)
+        # Ever more notes; the organ's pieces all sound alike.
+        keys = (60, 64 if index % 2 else 63, 67)
+        waveforms.append(0.1 * tones(*keys) * (np.exp(-8 * (TIME - beats)) if index > 7 else 1))
+    found = judge(tmp_path, torch.from_numpy(np.stack(waveforms)).float(), rows)
+    estimates = {name: values[0] for name, values in found.items()}
+    assert estimates["onset_rate ~ arousal, piano"] > 0.9 > estimates["onset_rate ~ arousal, organ"]
+    assert estimates["mode agreement"] == 1 and "onset_rate ~ arousal, flute" not in found
+    assert rank_correlation(np.array([[1.0, 2.0], [1.0, 3.0]])) == 0
+    lines = format_judgement(found, found).splitlines()
+    assert len(lines) == len(found) and sum("100% of real" in line for line in lines) >= 4
 
 
 def test_story_screens_are_read_with_their_music():
