@@ -15,7 +15,7 @@ from build_data import CLIPS_PER_VARIED_CROP, combine, vary, write_varied
 from build_story_set import Screen, clean, read_screens
 from conftest import photograph
 from diffusers import AutoencoderKL
-from evaluate_base import griffin_lim
+from evaluate_base import frame_rate_share, griffin_lim
 from judge import format_judgement, judge, rank_correlation
 from measure_music import harmonic_to_noise, major_minor, measure_music, onset_rate, register, spectral_flatness
 from mood import AROUSAL, VALENCE, MoodRule, measure_picture, mood_bin
@@ -341,6 +341,13 @@ def test_griffin_lim_gives_a_sound_of_that_spectrogram():
     again = griffin_lim(mels)
     errors = [(log_mel_spectrogram(again) - expected).abs().mean().item() for expected in (mels, mels.flip(-1))]
     assert again.shape == (1, 32000) and errors[0] < 0.5 < 0.8 < errors[1]
+
+
+def test_what_repeats_with_each_frame_is_told_from_notes():
+    time = torch.arange(48000) / SAMPLING_RATE
+    buzz, note = (sum(torch.sin(2 * np.pi * n * hz * time) for n in (1, 2, 3)) for hz in (400, 440))
+    assert frame_rate_share(buzz[None]) > 0.99 and frame_rate_share(note[None]) < 0.01
+    assert frame_rate_share(torch.randn(4, 48000)) == pytest.approx(0.05, abs=0.01)
 
 
 def test_segments_sound_as_their_spectrograms_say():
