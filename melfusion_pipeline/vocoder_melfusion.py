@@ -29,7 +29,7 @@ class ConvNeXtBlock(nn.Module):
         self.scale = nn.Parameter(torch.full((width,), scale))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Maps `[B, T, width]` to `[B, T, width]`."""
+        """Mixes `hidden_states` `[B, T, width]`, whose shape the result has."""
         mixed = self.norm(self.frames(hidden_states.mT).mT)
         return hidden_states + self.scale * self.narrow(F.gelu(self.widen(mixed)))
 
@@ -131,7 +131,15 @@ class MusicVocoder(ModelMixin, ConfigMixin):
         return waveform if spectrogram.ndim == 3 else waveform[0]
 
     def synthesize(self, predicted: torch.Tensor, first_frame: int) -> torch.Tensor:
-        """Adds up tones, spectrum and noise `[B, T * hop]` from what the head predicts, in float32."""
+        """Adds up tones, spectrum and noise in float32, whatever the weights are.
+
+        Args:
+            predicted: What the head predicts, `[B, T, 2 * num_tones + 3 * num_bins]`.
+            first_frame: As in `forward`.
+
+        Returns:
+            Waveforms `[B, T * hop]`.
+        """
         # A waveform needs phases exact to a thousandth, which half precision has not.
         with torch.autocast(predicted.device.type, enabled=False):
             sizes = (self.num_tones, self.num_tones, self.num_bins, self.num_bins, self.num_bins)
@@ -140,7 +148,15 @@ class MusicVocoder(ModelMixin, ConfigMixin):
             return tones + self.invert(torch.polar(strength(level), phase), strength(noise_level))
 
     def add_tones(self, tones: torch.Tensor, first_frame: int) -> torch.Tensor:
-        """Adds up oscillators to `[B, T * hop]`; strengths and phases `[B, T, num_tones]` glide between frames."""
+        """Adds up oscillators whose strengths and phases glide from frame to frame.
+
+        Args:
+            tones: Strengths and phases as complex numbers, `[B, T, num_tones]`.
+            first_frame: As in `forward`.
+
+        Returns:
+            Waveforms `[B, T * hop]`.
+        """
         device, frames = tones.device, tones.shape[1]
         cycles = self.tone_frequencies() / self.config.sampling_rate
         # On the CPU, because not every device has float64.
@@ -159,7 +175,15 @@ class MusicVocoder(ModelMixin, ConfigMixin):
         return overlapped.flatten(1)
 
     def invert(self, spectrum: torch.Tensor, noise_level: torch.Tensor) -> torch.Tensor:
-        """Inverts a short-time spectrum with noise added, both `[B, T, num_bins]`, to `[B, T * hop]`."""
+        """Inverts a short-time spectrum to which fixed noise is added.
+
+        Args:
+            spectrum: Complex, `[B, T, num_bins]`.
+            noise_level: Strength of the noise, `[B, T, num_bins]`.
+
+        Returns:
+            Waveforms `[B, T * hop]`.
+        """
         device, length = spectrum.device, spectrum.shape[1] * self.hop
         window = torch.hann_window(self.config.fft_length, device=device)
         noise = torch.randn(length, generator=torch.Generator().manual_seed(NOISE_SEED)).to(device)
@@ -171,5 +195,5 @@ class MusicVocoder(ModelMixin, ConfigMixin):
 
 
 def strength(level: torch.Tensor) -> torch.Tensor:
-    """Returns strengths from logarithms; 0 is quiet, and the largest stay finite."""
+    """Returns strengths from logarithms `level` `[...]`; 0 is quiet, and the largest stay finite."""
     return torch.exp((level - 5).clamp(max=5))
