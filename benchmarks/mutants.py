@@ -24,6 +24,7 @@ TESTS = {
     "features_melfusion": ["test_inversion_melfusion"],
     "inversion_melfusion": ["test_inversion_melfusion"],
     "metrics": ["test_metrics"],
+    "vocoder_melfusion": ["test_vocoder_melfusion"],
 }
 # Compiling takes longer than all the rest and shows nothing that the others do not.
 CHOSEN = "not compiled"
@@ -265,6 +266,24 @@ MUTANTS = [
         "the jackknife's variance is that of a mean",
     ),
     Mutant("metrics", "return (images * audios).sum(1)", "return (images * audios).mean(1)", "pairs are averaged"),
+    # ---------------------------------------- the vocoder
+    Mutant("vocoder_melfusion", "- turned.imag @ sine", "+ turned.imag @ sine", "phases run backwards"),
+    Mutant(
+        "vocoder_melfusion",
+        "torch.arange(first_frame, first_frame + frames,",
+        "torch.arange(0, frames,",
+        "oscillators always begin anew",
+    ),
+    Mutant(
+        "vocoder_melfusion", "* torch.exp(2j * torch.pi * (turns % 1))", "* torch.exp(0j * turns)", "they stand still"
+    ),
+    Mutant(
+        "vocoder_melfusion",
+        "manual_seed(NOISE_SEED)",
+        "manual_seed(torch.randint(2**31, ()).item())",
+        "the noise is another each time",
+    ),
+    Mutant("vocoder_melfusion", ") / self.config.mel_std", ")", "spectrograms are not scaled"),
 ]
 
 

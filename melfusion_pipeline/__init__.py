@@ -11,6 +11,7 @@
 | `melfusion_pipeline.windows_melfusion` | the time axis: windows over a long piece, and which picture each sees |
 | `melfusion_pipeline.checks_melfusion` | refusing what a call cannot do |
 | `melfusion_pipeline.attention_melfusion` | the attention processors that record and blend keys and values |
+| `melfusion_pipeline.vocoder_melfusion` | `MusicVocoder`: the small checkpoint's vocoder |
 | `melfusion_pipeline.audio` | sound files, and the way from a waveform to music latents |
 | `melfusion_pipeline.data` | sets of triplets: reading and checking |
 | `melfusion_pipeline.training` | the training objective and its caches |
@@ -22,6 +23,7 @@
 from .features_melfusion import ImageFeatures
 from .modeling_melfusion import VisualSynapse
 from .pipeline_melfusion import MelFusionPipeline
+from .vocoder_melfusion import MusicVocoder
 
-__all__ = ["ImageFeatures", "MelFusionPipeline", "VisualSynapse"]
+__all__ = ["ImageFeatures", "MelFusionPipeline", "MusicVocoder", "VisualSynapse"]
 __version__ = "0.1.0.dev0"

@@ -9,26 +9,35 @@ from argparse import Namespace
 import numpy as np
 import PIL.Image
 import pytest
+import soundfile
 import torch
 from build_data import CLIPS_PER_VARIED_CROP, combine, vary, write_varied
 from build_story_set import Screen, clean, read_screens
 from conftest import photograph
+from diffusers import AutoencoderKL
+from evaluate_base import frame_rate_share, griffin_lim
+from judge import format_judgement, judge, rank_correlation
 from measure_music import harmonic_to_noise, major_minor, measure_music, onset_rate, register, spectral_flatness
 from mood import AROUSAL, VALENCE, MoodRule, measure_picture, mood_bin
 from music import DRUM_CHANNEL, DURATION, GENRES, INSTRUMENTS, SAMPLING_RATE, compose, tempo_of
 from pictures import Picture
+from safetensors.torch import load_file
+from train_classifier import create_classifier, create_feature_extractor
 from train_clip import create_clip, create_processor
 from train_image_unet import create_scheduler, noise_loss
 from train_image_unet import create_unet as create_image_unet
 from train_image_vae import create_vae as create_image_vae
 from train_mel_vae import create_vae
+from train_mel_vae import main as train_mel_vae
 from train_music_unet import create_unet
-from train_vocoder import create_vocoder
+from train_vocoder import create_vocoder, draw_segments, spectral_losses
+from train_vocoder import main as train_vocoder
 from training_loop import Training, run
 from transformers import CLIPTextModel
 from untrained import untrained_components
 
-from melfusion_pipeline import MelFusionPipeline, VisualSynapse
+from melfusion_pipeline import MelFusionPipeline, MusicVocoder, VisualSynapse
+from melfusion_pipeline.audio import log_mel_spectrogram
 
 TIME = np.arange(int(DURATION * SAMPLING_RATE)) / SAMPLING_RATE
 
@@ -229,7 +238,11 @@ def test_the_small_models_fit_together():
     clip = create_clip(processor.tokenizer)
     components["image_tokenizer"] = processor.tokenizer
     components["image_text_encoder"] = CLIPTextModel(clip.config.text_config).eval()
-    components |= {"vae": create_vae(), "image_vae": create_image_vae(), "vocoder": create_vocoder()}
+    components |= {
+        "vae": create_vae(),
+        "image_vae": create_image_vae(),
+        "vocoder": create_vocoder(torch.randn(4, 40, 64)),
+    }
     components |= {"image_unet": create_image_unet(128), "unet": create_unet(32)}
     components["scheduler"] = create_scheduler(0.0015, 0.0195, "v_prediction")
     components["synapse"] = VisualSynapse.from_unets(components["image_unet"], components["unet"])
@@ -277,6 +290,101 @@ SCENARIO = """
     [/story]
 [/scenario]
 """
+
+
+def write_clips(folder, count=3):
+    """A data set of `count` short chords, the same for training and validation."""
+    folder.mkdir()
+    rows = [{"audio": f"{index}.flac"} for index in range(count)]
+    for index, row in enumerate(rows):
+        soundfile.write(folder / row["audio"], 0.1 * tones(60 + index, 64 + index, 67 + index), SAMPLING_RATE)
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run_stage(main, monkeypatch, folder, *options):
+    arguments = ("--data", folder / "data", "--output", folder / "out", *options)
+    monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
+    main()
+
+
+def test_the_decoder_learns_while_the_latents_are_kept(tmp_path, monkeypatch, capsys):
+    write_clips(tmp_path / "data")
+    torch.manual_seed(1)
+    start = create_vae()
+    start.register_to_config(scaling_factor=0.7)
+    start.save_pretrained(tmp_path / "start")
+    options = ("--start_from", tmp_path / "start", "--keep_latents", "--steps", 2, "--discriminator_from", 1)
+    run_stage(train_mel_vae, monkeypatch, tmp_path, *options)
+    trained = AutoencoderKL.from_pretrained(tmp_path / "out/components/vae")
+    assert trained.config.scaling_factor == 0.7 and "done: validation log-mel L1" in capsys.readouterr().out
+    before, after = start.state_dict(), trained.state_dict()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if name.startswith(("encoder.", "quant_conv."))}
+
+
+def test_the_vocoder_learns_with_and_without_a_discriminator(tmp_path, monkeypatch, capsys):
+    write_clips(tmp_path / "data")
+    options = ("--batch_size", 2, "--discriminator_from", 1)
+    run_stage(train_vocoder, monkeypatch, tmp_path, *options, "--steps", 2)
+    assert "done: validation log-mel L1" in capsys.readouterr().out
+    create_vae().save_pretrained(tmp_path / "vae")
+    run_stage(train_vocoder, monkeypatch, tmp_path, *options, "--steps", 3, "--vae", tmp_path / "vae")
+    steps = [load_file(tmp_path / f"out/state/{name}.safetensors")["step"] for name in ("vocoder", "discriminator")]
+    assert [int(step) for step in steps] == [3, 2]
+    MusicVocoder.from_pretrained(tmp_path / "out/components/vocoder")
+
+
+def test_griffin_lim_gives_a_sound_of_that_spectrogram():
+    noise = 0.01 * torch.randn(1, 32000, generator=torch.Generator().manual_seed(0))
+    mels = log_mel_spectrogram(noise + torch.from_numpy(0.1 * tones(60, 63, 67))[None, :32000])
+    again = griffin_lim(mels)
+    errors = [(log_mel_spectrogram(again) - expected).abs().mean().item() for expected in (mels, mels.flip(-1))]
+    assert again.shape == (1, 32000) and errors[0] < 0.5 < 0.8 < errors[1]
+
+
+def test_what_repeats_with_each_frame_is_told_from_notes():
+    time = torch.arange(48000) / SAMPLING_RATE
+    buzz, note = (sum(torch.sin(2 * np.pi * n * hz * time) for n in (1, 2, 3)) for hz in (400, 440))
+    assert frame_rate_share(buzz[None]) > 0.99 and frame_rate_share(note[None]) < 0.01
+    assert frame_rate_share(torch.randn(4, 48000)) == pytest.approx(0.05, abs=0.01)
+
+
+def test_segments_sound_as_their_spectrograms_say():
+    waveforms = torch.from_numpy(np.stack([0.2 * tones(60, 64), 0.2 * tones(57, 72)])) + 0.01 * torch.randn(2, 81920)
+    mels = log_mel_spectrogram(waveforms)
+    segments, sounds = draw_segments(2, mels, (waveforms * 32767).short(), torch.Generator().manual_seed(0))
+    assert segments.shape == (2, 144, 64) and sounds.shape == (2, 96 * 160)
+    # The outer frames of a cut see its edge.
+    torch.testing.assert_close(log_mel_spectrogram(sounds)[:, 4:-4], segments[:, 28:-28], atol=0.02, rtol=0)
+
+
+def test_the_wrong_third_costs_more_than_the_wrong_phase():
+    major, minor = (torch.from_numpy(0.2 * tones(*keys))[None, :15360] for keys in ((60, 64, 67), (60, 63, 67)))
+    later = torch.from_numpy(0.2 * tones(60, 64, 67))[None, 5000:20360]
+    assert spectral_losses(major, major)["spectral"] == 0
+    wrong, shifted = (spectral_losses(other, major) for other in (minor, later))
+    assert wrong["spectral"] > 2 * shifted["spectral"]
+
+
+def test_clips_are_judged_in_all_and_instrument_by_instrument(tmp_path):
+    create_classifier().save_pretrained(tmp_path)
+    create_feature_extractor().save_pretrained(tmp_path)
+    rows, waveforms = [], []
+    for index in range(16):
+        mood = {"arousal": index % 8 / 7, "valence": float(index % 2)}
+        rows.append({"picture": f"{index // 2}", "instrument": ("organ", "piano")[index // 8]} | mood)
+        beats = np.floor(TIME * (1 + index % 8)) / (1 + index % 8)
+        # Ever more notes; the organ's pieces all sound alike.
+        keys = (60, 64 if index % 2 else 63, 67)
+        waveforms.append(0.1 * tones(*keys) * (np.exp(-8 * (TIME - beats)) if index > 7 else 1))
+    found = judge(tmp_path, torch.from_numpy(np.stack(waveforms)).float(), rows)
+    estimates = {name: values[0] for name, values in found.items()}
+    assert estimates["onset_rate ~ arousal, piano"] > 0.9 > estimates["onset_rate ~ arousal, organ"]
+    assert estimates["mode agreement"] == 1 and "onset_rate ~ arousal, flute" not in found
+    assert rank_correlation(np.array([[1.0, 2.0], [1.0, 3.0]])) == 0
+    lines = format_judgement(found, found).splitlines()
+    assert len(lines) == len(found) and sum("100% of real" in line for line in lines) >= 4
 
 
 def test_story_screens_are_read_with_their_music():

@@ -10,10 +10,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTokenizer,
     RobertaTokenizer,
-    SpeechT5HifiGan,
 )
 
-from melfusion_pipeline import MelFusionPipeline, VisualSynapse
+from melfusion_pipeline import MelFusionPipeline, MusicVocoder, VisualSynapse
 
 CLASSES = {
     "vae": AutoencoderKL,
@@ -21,7 +20,7 @@ CLASSES = {
     "tokenizer": RobertaTokenizer,
     "unet": UNet2DConditionModel,
     "scheduler": DDIMScheduler,
-    "vocoder": SpeechT5HifiGan,
+    "vocoder": MusicVocoder,
     "image_vae": AutoencoderKL,
     "image_text_encoder": CLIPTextModel,
     "image_tokenizer": CLIPTokenizer,

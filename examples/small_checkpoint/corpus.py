@@ -39,6 +39,15 @@ def cached(path: Path, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
     return load_file(path)["tensor"]
 
 
+def load_waveforms(args: argparse.Namespace, split: str) -> torch.Tensor:
+    """Returns the clips of a split, int16 `[N, 81920]` for [-1, 1], not read before they are used."""
+    rows = read_rows(args.data, split)
+    return cached(
+        args.output / "cache" / f"waveforms_{split}.safetensors",
+        lambda: torch.stack([(load_waveform(args.data, row) * 32767).round().short() for row in rows]),
+    )
+
+
 def load_mels(args: argparse.Namespace, split: str) -> torch.Tensor:
     """Returns the log-mel spectrograms of a split, float16 `[N, 512, 64]`, computed on the first call."""
     rows = read_rows(args.data, split)

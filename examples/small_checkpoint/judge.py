@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from measure_music import measure_music
-from music import SAMPLING_RATE
+from music import INSTRUMENTS, SAMPLING_RATE
 from scipy.stats import spearmanr
 from train_classifier import heard_right, labels_of
 from transformers import ASTFeatureExtractor, ASTForAudioClassification
@@ -22,7 +22,9 @@ NOISE = ("spectral_flatness", "harmonic_to_noise")
 
 
 def rank_correlation(pairs: np.ndarray) -> float:
-    """Returns Spearman's correlation of the columns of `[N, 2]`."""
+    """Returns Spearman's correlation of the columns of `[N, 2]`; a column that never changes follows nothing: 0."""
+    if (pairs == pairs[0]).all(axis=0).any():
+        return 0.0
     return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
 
 
@@ -55,6 +57,14 @@ def judge(folder: Path, waveforms: torch.Tensor, rows: list[dict], tests: int = 
     for name, mood in FOLLOWS.items():
         pairs = np.array([(clip[name], row[mood]) for clip, row in zip(measured, rows, strict=True)])
         found[f"{name} ~ {mood}"] = interval(pairs, rank_correlation, confidence=1 - 0.05 / tests)
+    # A tone that swells, an organ's above all, has no sharp onset: how well each instrument follows is a figure each.
+    for instrument in INSTRUMENTS:
+        own = [index for index, row in enumerate(rows) if row["instrument"] == instrument]
+        if len({rows[index]["picture"] for index in own}) < 2:
+            continue
+        pairs = np.array([(measured[index]["onset_rate"], rows[index]["arousal"]) for index in own])
+        groups = [rows[index]["picture"] for index in own]
+        found[f"onset_rate ~ arousal, {instrument}"] = bootstrap_interval(pairs, rank_correlation, groups=groups)
     agreement = [(clip["major_minor"] > 0) == (row["valence"] > 0.5) for clip, row in zip(measured, rows, strict=True)]
     found["mode agreement"] = interval(np.array(agreement, float))
     found |= {name: interval(np.array([clip[name] for clip in measured])) for name in NOISE}
@@ -66,5 +76,5 @@ def format_judgement(found: dict[str, list[float]], real: dict[str, list[float]]
     lines = []
     for name, (estimate, low, high) in found.items():
         share = f"  {estimate / real[name][0]:.0%} of real" if "~" in name else ""
-        lines.append(f"  {name:26s} {estimate:7.3f} [{low:.3f}, {high:.3f}]{share}")
+        lines.append(f"  {name:34s} {estimate:7.3f} [{low:.3f}, {high:.3f}]{share}")
     return "\n".join(lines)
