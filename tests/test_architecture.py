@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "melfusion_pipeline"
 # In the order of the data's way; a module imports only what stands before it.
 ORDER = """
-    files_melfusion attention_melfusion modeling_melfusion pictures_melfusion features_melfusion
+    files_melfusion attention_melfusion modeling_melfusion vocoder_melfusion pictures_melfusion features_melfusion
     inversion_melfusion windows_melfusion checks_melfusion checkpoint_melfusion pipeline_melfusion
     audio data training metrics extractors plotting film
 """.split()
@@ -32,8 +32,9 @@ def test_no_import_points_downwards(module: str):
     assert own_imports(module) <= set(ORDER[: ORDER.index(module)])
 
 
-def test_the_component_that_the_hub_loads_alone_imports_nothing_of_ours():
-    assert own_imports("modeling_melfusion") == set()
+@pytest.mark.parametrize("module", ["modeling_melfusion", "vocoder_melfusion"])
+def test_a_component_that_the_hub_loads_alone_imports_nothing_of_ours(module: str):
+    assert own_imports(module) == set()
 
 
 def test_the_pipeline_names_every_file_that_its_helpers_import():
