@@ -74,7 +74,7 @@ def print_operations(music_model: str) -> None:
     def step(latents: torch.Tensor, windows: Windows) -> torch.Tensor:
         merged = torch.zeros_like(latents)
         for group in windows.groups(16):
-            parts = pipe._predict_noise(latents, timestep, embeds, windows, group, 1)
+            parts = pipe._predict_noise(latents, timestep, {"class_labels": embeds}, windows, group, 1)
             windows.merge(merged, parts, group)
         return merged
 

@@ -132,7 +132,7 @@ def check_call(
     batch_size = num_pieces * num_waveforms_per_prompt
     _check_generator(generator, batch_size)
     if latents is not None:
-        _check_float_tensor("latents", latents)
+        check_float_tensor("latents", latents)
         shape = (batch_size, *pipe._latent_shape(audio_length_in_s))
         if tuple(latents.shape) != shape:
             raise ValueError(
@@ -214,6 +214,7 @@ def _check_prompts(
 ) -> int:
     if prompt is None and prompt_embeds is None and not num_images:
         raise ValueError("There is nothing to make music of: pass `image`, `prompt` or both.")
+    counts = []
     for name, text, embeds in (
         ("prompt", prompt, prompt_embeds),
         ("negative_prompt", negative_prompt, negative_prompt_embeds),
@@ -221,17 +222,9 @@ def _check_prompts(
         _check_text(name, text)
         if text is not None and embeds is not None:
             raise ValueError(f"Pass `{name}` or `{name}_embeds`, not both: got {text!r} and a tensor.")
-        if embeds is None:
-            continue
-        _check_float_tensor(f"{name}_embeds", embeds)
-        width = pipe.unet.config.projection_class_embeddings_input_dim
-        if embeds.ndim != 2 or embeds.shape[1] != width or not len(embeds):
-            raise ValueError(f"`{name}_embeds` must have the shape [prompts, {width}], got {list(embeds.shape)}.")
-        if not embeds.isfinite().all():
-            raise ValueError(f"`{name}_embeds` holds NaN or infinite values.")
+        counts.append(_count(text) if embeds is None else pipe.prompts.check(f"{name}_embeds", embeds))
 
-    num_prompts = _count(prompt) if prompt_embeds is None else len(prompt_embeds)
-    num_negatives = _count(negative_prompt) if negative_prompt_embeds is None else len(negative_prompt_embeds)
+    num_prompts, num_negatives = counts
     if num_negatives not in (1, num_prompts):
         raise ValueError(
             f"{num_negatives} negative prompts do not match {num_prompts} prompts: pass equal numbers, or one"
@@ -440,7 +433,8 @@ def _check_text(name: str, text: Any) -> None:
         raise ValueError(f"`{name}` holds characters that belong to no text: {error}.") from error
 
 
-def _check_float_tensor(name: str, value: Any) -> None:
+def check_float_tensor(name: str, value: Any) -> None:
+    """Refuses with a `TypeError` what is no tensor of floating-point numbers; `name` is the argument's."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         found = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
         raise TypeError(f"`{name}` must be a torch tensor of floating-point numbers, got {found}.")

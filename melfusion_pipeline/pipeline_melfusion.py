@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-import torch.nn.functional as F
 from diffusers import (
     AudioPipelineOutput,
     AutoencoderKL,
@@ -40,6 +39,7 @@ from .features_melfusion import ImageFeatures
 from .files_melfusion import atomic_write  # noqa: F401 - remote code gets only the files that are named here
 from .inversion_melfusion import record_image_features
 from .pictures_melfusion import Image, as_pil_images, prepare_image
+from .prompts_melfusion import ClapPrompts, join_branches, prompts_of_windows, repeat_prompts, tokenize
 from .windows_melfusion import Windows, decoder_margin, vocoder_margin
 
 logger = logging.get_logger(__name__)
@@ -183,6 +183,11 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         return _own_size(self.unet, "unet", "audio_length_in_s") * self.vae_scale_factor * self._seconds_per_frame
 
     @property
+    def prompts(self) -> ClapPrompts:
+        """How a prompt becomes arguments of this music UNet."""
+        return ClapPrompts(self)
+
+    @property
     def default_num_inversion_steps(self) -> int:
         """The inversion steps of a call that names none: the checkpoint's, else those of the synapse's training."""
         trained = self.synapse.config.num_inversion_steps if self.synapse else None
@@ -251,34 +256,16 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
             `prompt_embeds` and `negative_prompt_embeds`, each `[prompts, channels]` with L2 norm 1; the latter None
             without guidance.
         """
-        device = device or self._execution_device
-        # Transformers loads a half-precision checkpoint as it is stored, diffusers in float32.
-        dtype = (self.text_encoder if self.unet is None else self.unet).dtype
-        if prompt_embeds is None:
-            prompts = [prompt] if isinstance(prompt, str) else prompt
-            prompt_embeds = self._embed_texts(prompts, None, device)
-        prompt_embeds = prompt_embeds.to(device=device, dtype=dtype)
-        if do_classifier_free_guidance and negative_prompt_embeds is None:
-            negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]
-            negatives = negatives * (len(prompt_embeds) // len(negatives))
-            # AudioLDM pads negative prompts to the width of the embeddings; for its equal output so must we.
-            negative_prompt_embeds = self._embed_texts(negatives, prompt_embeds.shape[1], device)
-        if do_classifier_free_guidance:
-            negative_prompt_embeds = negative_prompt_embeds.to(device=device, dtype=dtype).expand_as(prompt_embeds)
-        else:
-            negative_prompt_embeds = None
+        prompt_embeds, negative_prompt_embeds = self.prompts.encode(
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            do_classifier_free_guidance,
+            device or self._execution_device,
+        )
+        # By these names, which diffusers' tests of pipelines read here.
         return prompt_embeds, negative_prompt_embeds
-
-    def _embed_texts(self, texts: list[str], max_length: int | None, device: torch.device) -> torch.Tensor:
-        if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError(
-                "Texts cannot be encoded without `text_encoder` and `tokenizer`: pass `prompt_embeds` and, for"
-                " `guidance_scale` above 1, `negative_prompt_embeds`."
-            )
-        max_length = min(max_length or math.inf, self.tokenizer.model_max_length)
-        inputs = _tokenize(self.tokenizer, texts, max_length, device)
-        embeds = self.text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask).text_embeds
-        return F.normalize(embeds, dim=-1)
 
     @torch.no_grad()
     @_one_at_a_time
@@ -381,7 +368,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
             )
             return torch.zeros(num_images, 1, self.image_unet.config.cross_attention_dim, device=device, dtype=dtype)
         prompts = [image_prompt] if isinstance(image_prompt, str) else image_prompt
-        inputs = _tokenize(self.image_tokenizer, prompts, self.image_tokenizer.model_max_length, device)
+        inputs = tokenize(self.image_tokenizer, prompts, self.image_tokenizer.model_max_length, device)
         use_mask = getattr(self.image_text_encoder.config, "use_attention_mask", False)
         mask = inputs.attention_mask if use_mask else None
         embeds = self.image_text_encoder(inputs.input_ids, attention_mask=mask)[0].to(dtype)
@@ -574,7 +561,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         self,
         latents: torch.Tensor,
         timestep: torch.Tensor,
-        prompt_embeds: torch.Tensor,
+        prompts: dict[str, torch.Tensor],
         windows: Windows,
         group: range,
         num_waveforms_per_prompt: int,
@@ -588,7 +575,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         Args:
             latents: Of the whole piece, scaled for the UNet: `[waveforms of all prompts, channels, time, frequency]`.
             timestep: The noise level.
-            prompt_embeds: `[branches * prompts (of a storyboard: or pictures) * waveforms, channels]`.
+            prompts: The UNet's arguments, `branches * prompts (of a storyboard: or pictures) * waveforms` rows each.
             windows: The windows over `time`.
             group: Which of them.
             num_waveforms_per_prompt: Waveforms for each prompt or picture.
@@ -598,23 +585,14 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
             `[windows of the group, waveforms of all prompts, channels, frames of a window, frequency]`.
         """
         cut = windows.cut(latents, group).unflatten(1, (-1, num_waveforms_per_prompt)).movedim(0, 1)
-        labels = prompt_embeds.unflatten(0, (self.num_branches, -1, num_waveforms_per_prompt))
-        if windows.image_starts is not None and labels.shape[1] > 1:
-            of_pictures = labels.movedim(1, 0)
-            seen = windows.see(of_pictures, group)
-            # CLAP's embeddings have one length; a mean of several is shorter, and unlike what the UNet was trained on.
-            lengths = windows.see(of_pictures.norm(dim=-1, keepdim=True), group)
-            seen = seen * (lengths / seen.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(seen.dtype).tiny))
-            labels = seen.movedim(0, 1)[:, None]
-        else:
-            labels = labels.unsqueeze(2).expand(-1, -1, len(group), -1, -1)
-        noise_pred = self.unet(
-            torch.cat([cut.flatten(0, 2)] * self.num_branches),
-            timestep,
-            encoder_hidden_states=None,
-            class_labels=labels.flatten(0, 3),
-            cross_attention_kwargs=cross_attention_kwargs,
-        ).sample
+        layout = (self.num_branches, -1, num_waveforms_per_prompt)
+        # diffusers demands `encoder_hidden_states` also where the UNet has no text sequence.
+        arguments = {
+            "encoder_hidden_states": None,
+            **prompts_of_windows(self.prompts, prompts, layout, windows, group),
+            "cross_attention_kwargs": cross_attention_kwargs,
+        }
+        noise_pred = self.unet(torch.cat([cut.flatten(0, 2)] * self.num_branches), timestep, **arguments).sample
         return self._guide(noise_pred).unflatten(0, cut.shape[:3]).movedim(1, 0).flatten(1, 2)
 
     def _call_back(
@@ -623,19 +601,29 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         step: int,
         timestep: torch.Tensor,
         names: list[str],
-        tensors: dict[str, torch.Tensor],
+        latents: torch.Tensor,
+        prompts: dict[str, torch.Tensor],
+        negative_prompts: dict[str, torch.Tensor] | None,
         num_texts: int,
-    ) -> list[torch.Tensor]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
         """Shows the callback the named tensors and gives all of them, with those that it returns in their place."""
-        returned = callback(self, step, timestep, {name: tensors[name] for name in names}) or {}
+        shown = {
+            "latents": latents,
+            "prompt_embeds": self.prompts.from_unet(prompts),
+            "negative_prompt_embeds": None if negative_prompts is None else self.prompts.from_unet(negative_prompts),
+        }
+        returned = callback(self, step, timestep, {name: shown[name] for name in names}) or {}
         if not isinstance(returned, dict):
             raise TypeError(f"`callback_on_step_end` must return a dict or None, got {returned!r:.80}.")
-        latents, prompt_embeds, negative_prompt_embeds = (returned.get(name, tensors[name]) for name in tensors)
-        if negative_prompt_embeds is not tensors["negative_prompt_embeds"]:
-            negatives = [negative_prompt_embeds] * (self.num_branches - 1)
-            prompt_embeds = torch.cat([*negatives, prompt_embeds.chunk(self.num_branches)[-1]])
-        check_branches(prompt_embeds, num_texts, self.num_branches)
-        return latents, prompt_embeds, negative_prompt_embeds
+        latents, prompt_embeds, negative_prompt_embeds = (returned.get(name, shown[name]) for name in shown)
+        prompts = self.prompts.to_unet(prompt_embeds)
+        if negative_prompt_embeds is not shown["negative_prompt_embeds"]:
+            negative_prompts = self.prompts.to_unet(negative_prompt_embeds)
+            own = {name: rows.chunk(self.num_branches)[-1] for name, rows in prompts.items()}
+            prompts = join_branches([negative_prompts] * (self.num_branches - 1) + [own])
+        for rows in prompts.values():
+            check_branches(rows, num_texts, self.num_branches)
+        return latents, prompts, negative_prompts
 
     @torch.no_grad()
     @_one_at_a_time
@@ -796,15 +784,15 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
             self.do_classifier_free_guidance,
             device,
         )
-        check_finite("the encoding of the prompt", prompt_embeds)
+        prompts = self.prompts.to_unet(prompt_embeds)
+        check_finite("the encoding of the prompt", *prompts.values())
         num_texts = max(num_prompts, num_pieces)
-        prompt_embeds, negative_prompt_embeds = (
-            embeds.expand(num_texts, -1).repeat_interleave(num_waveforms_per_prompt, dim=0)
-            if embeds is not None
-            else None
-            for embeds in (prompt_embeds, negative_prompt_embeds)
-        )
-        prompt_embeds = torch.cat([negative_prompt_embeds] * (self.num_branches - 1) + [prompt_embeds])
+        prompts = repeat_prompts(prompts, num_texts, num_waveforms_per_prompt)
+        negative_prompts = None
+        if negative_prompt_embeds is not None:
+            negative_prompts = self.prompts.to_unet(negative_prompt_embeds)
+            negative_prompts = repeat_prompts(negative_prompts, num_texts, num_waveforms_per_prompt)
+        prompts = join_branches([negative_prompts] * (self.num_branches - 1) + [prompts])
 
         # 3. Encode the picture: invert, record
         if images is not None:
@@ -814,7 +802,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        latents = self.prepare_latents(batch_size, audio_length_in_s, prompt_embeds.dtype, device, generator, latents)
+        latents = self.prepare_latents(batch_size, audio_length_in_s, self.unet.dtype, device, generator, latents)
         step_parameters = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"eta": eta, "generator": generator}
         step_kwargs = {name: value for name, value in step_kwargs.items() if name in step_parameters}
@@ -852,7 +840,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
                     parts = self._predict_noise(
                         model_input,
                         t,
-                        prompt_embeds,
+                        prompts,
                         windows,
                         group,
                         num_waveforms_per_prompt,
@@ -866,13 +854,14 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
                     break
                 latents = self.scheduler.step(noise_pred.to(parts.dtype), t, latents, **step_kwargs).prev_sample
                 if callback_on_step_end is not None:
-                    tensors = (latents, prompt_embeds, negative_prompt_embeds)
-                    latents, prompt_embeds, negative_prompt_embeds = self._call_back(
+                    latents, prompts, negative_prompts = self._call_back(
                         callback_on_step_end,
                         i,
                         t,
                         callback_on_step_end_tensor_inputs,
-                        dict(zip(self._callback_tensor_inputs, tensors)),
+                        latents,
+                        prompts,
+                        negative_prompts,
                         num_texts * num_waveforms_per_prompt,
                     )
                 if self.interrupt:
@@ -905,12 +894,3 @@ def _own_size(unet: ModelMixin, name: str, argument: str) -> int:
     if sample_size is None:
         raise ValueError(f"`{argument}` must be given: `{name}.config.sample_size` is None, so there is no default.")
     return sample_size if isinstance(sample_size, int) else sample_size[0]
-
-
-def _tokenize(tokenizer: Any, texts: list[str], max_length: int, device: torch.device) -> Any:
-    inputs = tokenizer(texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
-    # Not `verbose`: transformers would warn of errors that cutting the text prevents.
-    longest = max(len(ids) for ids in tokenizer(texts, verbose=False).input_ids)
-    if longest > max_length:
-        logger.warning(f"A text of {longest} tokens was cut to the {max_length} that the text encoder takes.")
-    return inputs.to(device)

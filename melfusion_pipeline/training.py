@@ -332,9 +332,9 @@ class MelFusionObjective(nn.Module):
 
         self._read_image(batch, draw, latents.shape)
         dtype = self.unet.dtype
-        model_output = self.unet(
-            noisy_latents.to(dtype), timesteps, encoder_hidden_states=None, class_labels=prompt_embeds.to(dtype)
-        ).sample
+        prompts = {name: rows.to(dtype) for name, rows in self.pipe.prompts.to_unet(prompt_embeds).items()}
+        arguments = {"encoder_hidden_states": None, **prompts}
+        model_output = self.unet(noisy_latents.to(dtype), timesteps, **arguments).sample
         target = noise
         if self.scheduler.config.prediction_type == "v_prediction":
             target = self.scheduler.get_velocity(latents, noise, timesteps)

@@ -1,0 +1,1 @@
+../../melfusion_pipeline/prompts_melfusion.py
