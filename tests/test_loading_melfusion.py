@@ -196,7 +196,7 @@ def test_what_the_picture_needs_may_be_missing(components, hub, tmp_path, missin
         assert {name for name, component in loaded.components.items() if component is None} == set(missing)
         call = {"prompt": "a calm piano", "num_inference_steps": 2}
         expected = whole(**call, generator=generator()).audios
-        np.testing.assert_allclose(loaded(**call, generator=generator()).audios, expected, atol=1e-5)
+        assert_near(loaded(**call, generator=generator()).audios, expected)
         if "image_unet" in missing:
             with pytest.raises(ValueError, match="without image_vae, image_unet, image_scheduler"):
                 loaded(photograph(), "a calm piano")
@@ -206,7 +206,7 @@ def test_what_the_picture_needs_may_be_missing(components, hub, tmp_path, missin
         return
     expected = whole(**call, image_features=features, generator=generator()).audios
     given = MelFusionPipeline.from_pretrained("tester/music")(**call, image_features=features, generator=generator())
-    np.testing.assert_allclose(given.audios, expected, atol=1e-5)
+    assert_near(given.audios, expected)
 
 
 # ------------------------------------------------------------ what must not load, or not be saved
@@ -227,7 +227,7 @@ def test_an_adapter_is_not_saved_as_if_it_were_the_model(pipe, checkpoint):
     pipe.unet.fuse_lora()
     pipe.unet.unload_lora()
     pipe.save_pretrained(checkpoint)
-    np.testing.assert_allclose(play(MelFusionPipeline.from_pretrained(checkpoint)), adapted, atol=1e-5)
+    assert_near(play(MelFusionPipeline.from_pretrained(checkpoint)), adapted)
 
 
 MODELS = ["image_text_encoder", "image_unet", "image_vae", "synapse", "text_encoder", "unet", "vae", "vocoder"]
@@ -413,7 +413,7 @@ def test_any_component_of_this_package_travels_with_its_code(pipe_with_toy, hub,
         MelFusionPipeline.from_pipe(pipe),
     ):
         assert type(loaded.vocoder) is type(pipe.vocoder)
-        np.testing.assert_allclose(play(loaded), expected, atol=1e-5)
+        assert_near(play(loaded), expected)
     assert "Expected types" not in warnings_logged.text
 
 
@@ -676,7 +676,7 @@ def test_this_repository_on_the_hub_loads_its_bundled_checkpoint(pipe, base_mode
     (root / "setup.cfg").write_bytes((ROOT / "setup.cfg").read_bytes())
     hub.add_repo("tester/this-repository", root)
     expected = play(pipe)
-    np.testing.assert_allclose(play(MelFusionPipeline.from_pretrained("tester/this-repository")), expected, atol=1e-5)
+    assert_near(play(MelFusionPipeline.from_pretrained("tester/this-repository")), expected)
     for synapse in (root, "tester/this-repository"):
         composed = MelFusionPipeline.from_base_models(*base_models, synapse=synapse)
         assert_equal_weights(pipe.synapse, composed.synapse)
