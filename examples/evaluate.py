@@ -21,6 +21,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from evaluate_scores import describe_rows, draw_results, extract, format_results, remarks, score
+from evaluate_storyboards import (
+    check_storyboards,
+    format_boundaries,
+    group_rows,
+    make_storyboards,
+    part,
+    score_boundaries,
+)
 from evaluate_systems import (
     SYSTEMS,
     ImageCaptioner,
@@ -58,6 +66,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, help="default: all for which a model is given")
     parser.add_argument("--score", nargs="*", type=name_and_path, default=[], metavar="NAME=FOLDER", help="more clips")
     parser.add_argument("--caption_model", help="folder or Hub id of an image-to-text model, for the system caption")
+    use = "so many rows that follow one another become one piece, the system storyboard; boundaries are scored too"
+    parser.add_argument("--storyboard_pictures", type=int, help=use)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--audio_length_in_s", type=float, help="of all clips; default: the checkpoint's own")
     parser.add_argument("--num_inference_steps", type=int, help="default: the checkpoint's own, as for the next three")
@@ -79,11 +89,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def choose_systems(arguments: argparse.Namespace) -> list[str]:
     """The systems to make, checked against the models given."""
-    possible = [name for name in SYSTEMS if arguments.checkpoint and (name != "caption" or arguments.caption_model)]
+    needed = {"caption": arguments.caption_model, "storyboard": arguments.storyboard_pictures}
+    possible = [name for name in SYSTEMS if arguments.checkpoint and needed.get(name, True)]
     systems = possible if arguments.systems is None else list(dict.fromkeys(arguments.systems))
     impossible = sorted(set(systems) - set(possible))
     if impossible:
-        raise ValueError(f"{impossible} cannot be made: give `--checkpoint`, and `--caption_model` for caption.")
+        raise ValueError(
+            f"{impossible} cannot be made: give `--checkpoint`, and `--caption_model` for caption or"
+            " `--storyboard_pictures` for storyboard."
+        )
     names = systems + [name for name, _ in arguments.score]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"There must be systems to score, each with a name of its own, but they are {names}.")
@@ -102,6 +116,8 @@ def check_set(arguments: argparse.Namespace, rows: Sequence[dict], seconds: floa
     """Refuses a set with bad rows or too few, and folders to score that do not fit it, before anything is made."""
     select_good_rows(rows, check_rows(rows, arguments.data_root or arguments.triplets.parent, seconds))
     check_counts(rows)
+    if arguments.storyboard_pictures is not None:
+        check_storyboards(group_rows(rows, arguments.storyboard_pictures))
     for _, folder in arguments.score:
         check_clips(find_clips(Path(folder), rows), seconds)
 
@@ -157,6 +173,7 @@ def describe_settings(arguments: argparse.Namespace, rows: Sequence[dict], optio
     settings = {"rows": len(rows), "pictures": len({row["image"] for row in rows}), "triplets": arguments.triplets}
     settings |= {"melfusion_pipeline": __version__, "checkpoint": arguments.checkpoint, "seed": options["seed"]}
     settings |= options["call"] | {"caption_model": arguments.caption_model}
+    settings["storyboard_pictures"] = arguments.storyboard_pictures
     settings["scored"] = f"the first {length:g} s of each clip, mono, resampled to {SAMPLING_RATE} Hz, peak 0.5"
     settings |= {"FAD, FAD-inf, KAD": fad, "FD, KL": classifier, "CLAP": arguments.clap_model}
     source = arguments.imsm_captions or "the set"
@@ -172,6 +189,7 @@ def claim_output(arguments: argparse.Namespace, systems: Sequence[str], pipe, ca
     settings["triplets"] = hashlib.sha256(arguments.triplets.read_bytes()).hexdigest()
     for system in systems:
         own = {"caption_weights": digest_components({"model": captioner.model})} if system == "caption" else {}
+        own |= {"storyboard_pictures": arguments.storyboard_pictures} if system == "storyboard" else {}
         claim_folder(arguments.output / system, settings | own)
 
 
@@ -187,8 +205,12 @@ def generate(
         claim_output(arguments, systems, pipe, captioner, options)
     accelerator.wait_for_everyone()
     # Not the missing clips are shared out: processes that look at different times would not agree which those are.
-    own_rows = rows[accelerator.process_index :: accelerator.num_processes]
-    make_clips(pipe, systems, own_rows, captioner, options, arguments.output)
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    of_rows = [system for system in systems if system != "storyboard"]
+    make_clips(pipe, of_rows, rows[share], captioner, options, arguments.output)
+    if "storyboard" in systems:
+        groups = group_rows(rows, arguments.storyboard_pictures)[share]
+        make_storyboards(pipe, groups, options, arguments.output / "storyboard")
     accelerator.wait_for_everyone()
 
 
@@ -207,9 +229,12 @@ def write_results(output: Path, results: dict) -> None:
     """Writes results.json, results.md and results.png, each at once, and prints the table."""
     output.mkdir(parents=True, exist_ok=True)
     replace_file(output / "results.json", json.dumps(results, indent=2).encode())
-    replace_file(output / "results.md", format_results(results).encode())
+    table = format_results(results)
+    if results["boundaries"]:
+        table += "\n" + format_boundaries(results["boundaries"])
+    replace_file(output / "results.md", table.encode())
     replace_file(output / "results.png", draw_results(results))
-    print(format_results(results))
+    print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -232,8 +257,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         clips = {name: find_clips(Path(folder), rows) for name, folder in folders.items()}
         for system in systems:
             check_clips(clips[system], seconds)
-        settings = describe_settings(arguments, rows, options, captions)
-        write_results(arguments.output, {"settings": settings} | score_systems(used, clips, rows, captions, options))
+        results = {"settings": describe_settings(arguments, rows, options, captions)}
+        results |= score_systems(used, clips, rows, captions, options)
+        results["boundaries"] = {
+            name: score_boundaries(part(paths, arguments.storyboard_pictures), seconds, options["seed"])
+            for name, paths in clips.items()
+            if arguments.storyboard_pictures
+        }
+        write_results(arguments.output, results)
         if arguments.subjective:
             export_listening_test(arguments.subjective, clips, rows, seconds, options["seed"])
 

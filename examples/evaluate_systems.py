@@ -32,7 +32,7 @@ from melfusion_pipeline.files_melfusion import atomic_write
 from melfusion_pipeline.pictures_melfusion import to_rgb
 from melfusion_pipeline.training import hash_weights
 
-SYSTEMS = ("melfusion", "text-only", "caption", "shuffled", "reference")
+SYSTEMS = ("melfusion", "text-only", "caption", "shuffled", "reference", "storyboard")
 SUFFIXES = (".flac", ".wav", ".ogg", ".mp3", *AV_SUFFIXES)
 
 
