@@ -37,15 +37,13 @@ from .checkpoint_melfusion import CheckpointMixin
 from .checks_melfusion import check_branches, check_call, check_finite, check_image_inputs
 from .features_melfusion import ImageFeatures
 from .files_melfusion import atomic_write  # noqa: F401 - remote code gets only the files that are named here
+from .guidance_melfusion import Guidance, branch_alphas
 from .inversion_melfusion import record_image_features
 from .pictures_melfusion import Image, as_pil_images, prepare_image
-from .prompts_melfusion import ClapPrompts, join_branches, prompts_of_windows, repeat_prompts, tokenize
+from .prompts_melfusion import ClapPrompts, prompts_of_windows, repeat_prompts, tokenize
 from .windows_melfusion import Windows, decoder_margin, vocoder_margin
 
 logger = logging.get_logger(__name__)
-
-# 1 where a guidance branch sees the picture. With fewer than three branches the first ones are left out.
-IMAGE_BRANCHES = (0.0, 1.0, 1.0)
 
 # Pictures that go through the image UNet in one batch.
 IMAGES_AT_ONCE = 8
@@ -212,14 +210,12 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the UNet runs on more than one guidance branch."""
-        return self._guidance_scale > 1.0 or self._image_guidance_scale is not None
+        return self.guidance.num_branches > 1
 
     @property
-    def num_branches(self) -> int:
-        """How many guidance branches the UNet runs on: its batch holds so many rows for each waveform."""
-        if self._image_guidance_scale is not None:
-            return 3
-        return 2 if self.do_classifier_free_guidance else 1
+    def guidance(self) -> Guidance:
+        """The guidance of the call; a callback may change its scales from step to step."""
+        return Guidance(self._guidance_scale, self._image_guidance_scale)
 
     @property
     def num_timesteps(self) -> int:
@@ -545,18 +541,6 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
                 f"The synapse was trained with image latents from {config.image_latents!r}, this call inverts."
             )
 
-    def _guide(self, noise_pred: torch.Tensor) -> torch.Tensor:
-        """Combines the guidance branches: classifier-free, or after InstructPix2Pix (arXiv 2211.09800, equation 3)."""
-        if self.num_branches == 3:
-            noise_pred_free, noise_pred_image, noise_pred_text = noise_pred.chunk(3)
-            noise_pred_image_delta = self._image_guidance_scale * (noise_pred_image - noise_pred_free)
-            noise_pred_free = noise_pred_free + noise_pred_image_delta
-            return noise_pred_free + self._guidance_scale * (noise_pred_text - noise_pred_image)
-        if self.num_branches == 2:
-            noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
-            return noise_pred_uncond + self._guidance_scale * (noise_pred_text - noise_pred_uncond)
-        return noise_pred
-
     def _predict_noise(
         self,
         latents: torch.Tensor,
@@ -584,16 +568,17 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         Returns:
             `[windows of the group, waveforms of all prompts, channels, frames of a window, frequency]`.
         """
+        guidance = self.guidance
         cut = windows.cut(latents, group).unflatten(1, (-1, num_waveforms_per_prompt)).movedim(0, 1)
-        layout = (self.num_branches, -1, num_waveforms_per_prompt)
+        layout = (guidance.num_branches, -1, num_waveforms_per_prompt)
         # diffusers demands `encoder_hidden_states` also where the UNet has no text sequence.
         arguments = {
             "encoder_hidden_states": None,
             **prompts_of_windows(self.prompts, prompts, layout, windows, group),
             "cross_attention_kwargs": cross_attention_kwargs,
         }
-        noise_pred = self.unet(torch.cat([cut.flatten(0, 2)] * self.num_branches), timestep, **arguments).sample
-        return self._guide(noise_pred).unflatten(0, cut.shape[:3]).movedim(1, 0).flatten(1, 2)
+        noise_pred = self.unet(torch.cat([cut.flatten(0, 2)] * guidance.num_branches), timestep, **arguments).sample
+        return guidance.combine(noise_pred).unflatten(0, cut.shape[:3]).movedim(1, 0).flatten(1, 2)
 
     def _call_back(
         self,
@@ -619,10 +604,9 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         prompts = self.prompts.to_unet(prompt_embeds)
         if negative_prompt_embeds is not shown["negative_prompt_embeds"]:
             negative_prompts = self.prompts.to_unet(negative_prompt_embeds)
-            own = {name: rows.chunk(self.num_branches)[-1] for name, rows in prompts.items()}
-            prompts = join_branches([negative_prompts] * (self.num_branches - 1) + [own])
+            prompts = self.guidance.join(self.guidance.last(prompts), negative_prompts)
         for rows in prompts.values():
-            check_branches(rows, num_texts, self.num_branches)
+            check_branches(rows, num_texts, self.guidance.num_branches)
         return latents, prompts, negative_prompts
 
     @torch.no_grad()
@@ -792,7 +776,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         if negative_prompt_embeds is not None:
             negative_prompts = self.prompts.to_unet(negative_prompt_embeds)
             negative_prompts = repeat_prompts(negative_prompts, num_texts, num_waveforms_per_prompt)
-        prompts = join_branches([negative_prompts] * (self.num_branches - 1) + [prompts])
+        prompts = self.guidance.join(prompts, negative_prompts)
 
         # 3. Encode the picture: invert, record
         if images is not None:
@@ -811,7 +795,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         windows = self._lay_out_windows(latents.shape[-2], window_length_in_s, window_overlap, image_start_in_s)
         if window_batch_size is None:
             rows = ROWS_ON_CPU if device.type == "cpu" else ROWS_ON_ACCELERATOR
-            window_batch_size = max(1, rows // (self.num_branches * batch_size))
+            window_batch_size = max(1, rows // (self.guidance.num_branches * batch_size))
         groups = list(windows.groups(window_batch_size))
 
         # 6. Fit the picture's keys and values to a window; look up which recorded ones each step blends
@@ -820,8 +804,8 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
             self._warn_if_trained_otherwise(image_features)
             window = windows.cut(latents, [0])[0]
             image_features, alphas = self.fit_image_features(image_features, window, synapse_scale)
+            alphas = branch_alphas(alphas)
             blenders = KVBlenders(self.synapse.config.music_layers)
-            branch_alphas = torch.outer(alphas, alphas.new_tensor(IMAGE_BRANCHES))
             recorded_steps = image_features.nearest(timesteps).tolist()
 
         # 7. Denoise
@@ -836,7 +820,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
                         seen = {
                             layer: [windows.see(states, group) for states in recorded[layer]] for layer in recorded
                         }
-                        blenders.read(seen, branch_alphas[:, -self.num_branches :])
+                        blenders.read(seen, alphas[:, -self.guidance.num_branches :])
                     parts = self._predict_noise(
                         model_input,
                         t,

@@ -166,11 +166,6 @@ def repeat_prompts(
     }
 
 
-def join_branches(branches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Lays the rows of all guidance branches one after the other."""
-    return {name: torch.cat([arguments[name] for arguments in branches]) for name in branches[0]}
-
-
 def prompts_of_windows(
     family: ClapPrompts,
     arguments: dict[str, torch.Tensor],

@@ -91,7 +91,7 @@ def test_guidance_with_a_picture_is_the_sum_of_its_branches(pipe, image):
         return outputs[0]
 
     three = prediction(PROMPTS[0], negative_prompt="noise", image_guidance_scale=1.7, guidance_scale=2.5)
-    guided = pipe._guide(three)
+    guided = pipe.guidance.combine(three)
     free = prediction("noise", guidance_scale=1.0, synapse_scale=0.0)
     seen = prediction("noise", guidance_scale=1.0)
     full = prediction(PROMPTS[0], guidance_scale=1.0)
@@ -101,7 +101,7 @@ def test_guidance_with_a_picture_is_the_sum_of_its_branches(pipe, image):
     assert_near(guided, free + 1.7 * (seen - free) + 2.5 * (full - seen))
 
     two = prediction(PROMPTS[0], negative_prompt="noise", guidance_scale=2.5)
-    assert_near(pipe._guide(two), seen + 2.5 * (full - seen))
+    assert_near(pipe.guidance.combine(two), seen + 2.5 * (full - seen))
 
 
 # -------------------------------------------------------------------------------------------------- pictures, prompts

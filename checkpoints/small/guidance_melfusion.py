@@ -1,0 +1,1 @@
+../../melfusion_pipeline/guidance_melfusion.py
