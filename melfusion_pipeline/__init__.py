@@ -9,15 +9,21 @@
 | `melfusion_pipeline.features_melfusion` | `ImageFeatures`: what a picture contributes to the music |
 | `melfusion_pipeline.inversion_melfusion` | DDIM inversion of a picture, recording its features |
 | `melfusion_pipeline.windows_melfusion` | the time axis: windows over a long piece, and which picture each sees |
+| `melfusion_pipeline.decoding_melfusion` | from latents to a waveform, window by window |
+| `melfusion_pipeline.prompts_melfusion` | how a prompt becomes arguments of the music UNet |
+| `melfusion_pipeline.guidance_melfusion` | the guidance branches and how they are combined |
 | `melfusion_pipeline.checks_melfusion` | refusing what a call cannot do |
 | `melfusion_pipeline.attention_melfusion` | the attention processors that record and blend keys and values |
 | `melfusion_pipeline.vocoder_melfusion` | `MusicVocoder`: the small checkpoint's vocoder |
+| `melfusion_pipeline.files_melfusion` | writing a file whole or not at all |
+| `melfusion_pipeline.locks_melfusion` | threads that share components |
 | `melfusion_pipeline.audio` | sound files, and the way from a waveform to music latents |
 | `melfusion_pipeline.data` | sets of triplets: reading and checking |
 | `melfusion_pipeline.training` | the training objective and its caches |
 | `melfusion_pipeline.metrics` | figures of generated music, as pure functions |
 | `melfusion_pipeline.extractors` | the embeddings that the figures are computed from |
 | `melfusion_pipeline.plotting` | figures to look at |
+| `melfusion_pipeline.film` | films and slide shows: cuts, light and tempo, the music under the picture |
 """
 
 from .features_melfusion import ImageFeatures

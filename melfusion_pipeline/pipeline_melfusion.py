@@ -1,12 +1,8 @@
 """MeLFusion (arXiv 2406.04673): a picture and a sentence become music."""
 
-import functools
 import inspect
 import math
-import threading
-import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -35,13 +31,15 @@ from transformers import (
 from .attention_melfusion import KVBlenders, use_attn_processors
 from .checkpoint_melfusion import CheckpointMixin
 from .checks_melfusion import check_branches, check_call, check_finite, check_image_inputs
+from .decoding_melfusion import decode_latents, decode_mel_spectrogram
 from .features_melfusion import ImageFeatures
 from .files_melfusion import atomic_write  # noqa: F401 - remote code gets only the files that are named here
 from .guidance_melfusion import Guidance, branch_alphas
 from .inversion_melfusion import record_image_features
+from .locks_melfusion import ComponentLocks, one_at_a_time
 from .pictures_melfusion import Image, as_pil_images, prepare_image
 from .prompts_melfusion import ClapPrompts, prompts_of_windows, repeat_prompts, tokenize
-from .windows_melfusion import Windows, decoder_margin, vocoder_margin
+from .windows_melfusion import Windows
 
 logger = logging.get_logger(__name__)
 
@@ -49,21 +47,6 @@ logger = logging.get_logger(__name__)
 IMAGES_AT_ONCE = 8
 # Rows of the music UNet's batch that windows fill by default: a processor gains nothing from more.
 ROWS_ON_CPU, ROWS_ON_ACCELERATOR = 8, 32
-# Latent frames over which neighbouring decoded windows pass into each other, between their margins.
-DECODER_FADE = 8
-
-
-def _one_at_a_time(method: Callable) -> Callable:
-    """Lets methods that use the same component run one after the other; a thread whose components are busy waits."""
-
-    @functools.wraps(method)
-    def locked(self: "MelFusionPipeline", *args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as held:
-            for lock in self._component_locks():
-                held.enter_context(lock)
-            return method(self, *args, **kwargs)
-
-    return locked
 
 
 class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
@@ -114,9 +97,8 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         "synapse",
     ]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
-    # Of the class: all pipelines find the same lock for the same component. `_locks_lock` guards the table itself.
-    _locks = weakref.WeakKeyDictionary()
-    _locks_lock = threading.Lock()
+    # Of the class, so that all pipelines find the same lock for the same component.
+    _locks = ComponentLocks()
 
     def __init__(
         self,
@@ -163,12 +145,6 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
 
     # Kept in a room of its own, for its length.
     check_inputs = check_call
-
-    def _component_locks(self) -> list[threading.RLock]:
-        """One lock for each component, in the same order for all pipelines, so that none wait in a circle."""
-        with self._locks_lock:
-            components = [component for component in self.components.values() if component is not None]
-            return sorted((self._locks.setdefault(component, threading.RLock()) for component in components), key=id)
 
     @property
     def sampling_rate(self) -> int:
@@ -228,7 +204,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         return self._interrupt
 
     @torch.no_grad()
-    @_one_at_a_time
+    @one_at_a_time
     def encode_prompt(
         self,
         prompt: str | list[str] | None = None,
@@ -264,7 +240,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         return prompt_embeds, negative_prompt_embeds
 
     @torch.no_grad()
-    @_one_at_a_time
+    @one_at_a_time
     def encode_image(
         self,
         image: Image,
@@ -345,7 +321,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         return latents.float() * self.image_vae.config.scaling_factor
 
     @torch.no_grad()
-    @_one_at_a_time
+    @one_at_a_time
     def encode_image_prompt(self, image_prompt: str | list[str] = "", num_images: int = 1) -> torch.Tensor:
         """Encodes the text for the picture's UNet.
 
@@ -421,6 +397,9 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
             return self._own_frames(num_frames)
         return self._latent_shape(window_length_in_s)[1]
 
+    def _decoded_frames(self, num_frames: int, window_length_in_s: float | None) -> int:
+        return max(self._own_frames(num_frames), self._window_frames(num_frames, window_length_in_s))
+
     def _lay_out_windows(
         self,
         num_frames: int,
@@ -435,22 +414,11 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
             image_start_in_s = tuple(round(float(start) / frame_length, 6) for start in image_start_in_s)
         return Windows.lay_out(num_frames, length, round(window_overlap * length), image_starts=image_start_in_s)
 
-    def _run_in_windows(
-        self, function: Callable[[torch.Tensor], torch.Tensor], signal: torch.Tensor, windows: Windows, factor: int
-    ) -> torch.Tensor:
-        """Runs a decoder on one window after the other, with a progress bar; on a single one without."""
-        if len(windows) == 1:
-            return function(signal)
-        with self.progress_bar(total=len(windows)) as progress_bar:
-            return windows.apply(function, signal, factor, progress_bar.update)
-
     def decode_latents(self, latents: torch.Tensor, window_length_in_s: float | None = None) -> torch.Tensor:
         """Decodes music latents to log-mel.
 
         Latents longer than a window are decoded window by window on a fixed grid, so that the memory does not grow
-        with their length. What lies closer to a window's end than the decoder's convolutions look is discarded; there
-        the next window takes over, within a short fade: group normalisation (and attention, where the decoder has it)
-        looks at the whole window, so that two windows differ a little even there.
+        with their length; windows pass into each other within a short fade, in which they differ a little.
 
         Args:
             latents: `[batch, channels, time, frequency]`.
@@ -459,17 +427,9 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         Returns:
             `[batch, 1, frames, bands]`.
         """
-        num_frames, margin = latents.shape[-2], decoder_margin(self.vae)
-        length = max(
-            self._own_frames(num_frames),
-            self._window_frames(num_frames, window_length_in_s),
-            4 * margin + DECODER_FADE,
-        )
-        windows = Windows.lay_out(num_frames, length, 2 * margin + DECODER_FADE, margin)
-        latents = 1 / self.vae.config.scaling_factor * latents.to(self._execution_device)
-        return self._run_in_windows(
-            lambda window: self.vae.decode(window.to(self.vae.dtype)).sample, latents, windows, self.vae_scale_factor
-        )
+        length = self._decoded_frames(latents.shape[-2], window_length_in_s)
+        latents = latents.to(self._execution_device)
+        return decode_latents(self.vae, latents, length, self.vae_scale_factor, self.progress_bar)
 
     def mel_spectrogram_to_waveform(
         self,
@@ -496,19 +456,11 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         if audio_length_in_s is None:
             audio_length_in_s = num_frames * self._seconds_per_frame
         num_latents = math.ceil(num_frames / self.vae_scale_factor)
-        length = max(self._own_frames(num_latents), self._window_frames(num_latents, window_length_in_s))
-        length *= self.vae_scale_factor
-        device, dtype, margin = self._execution_device, self.vocoder.dtype, 0
-        if num_frames > length:
-            margin = vocoder_margin(self.vocoder, device)
-            length = max(length, 4 * margin)
-        waveform = self._run_in_windows(
-            lambda window: self.vocoder(window.to(device=device, dtype=dtype)).float().cpu()[..., None],
-            mel_spectrogram,
-            Windows.lay_out(num_frames, length, 2 * margin + 1, margin),
-            math.prod(self.vocoder.config.upsample_rates),
+        length = self._decoded_frames(num_latents, window_length_in_s) * self.vae_scale_factor
+        waveform = decode_mel_spectrogram(
+            self.vocoder, mel_spectrogram, length, self._execution_device, self.progress_bar
         )
-        return waveform[:, : round(audio_length_in_s * self.sampling_rate), 0]
+        return waveform[:, : round(audio_length_in_s * self.sampling_rate)]
 
     def fit_image_features(
         self, image_features: ImageFeatures, latents: torch.Tensor, synapse_scale: float | list[float] = 1.0
@@ -610,7 +562,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         return latents, prompts, negative_prompts
 
     @torch.no_grad()
-    @_one_at_a_time
+    @one_at_a_time
     def __call__(
         self,
         image: Image | None = None,

@@ -23,6 +23,7 @@ from full_disk import contents, on_a_full_disk
 from melfusion_pipeline import ImageFeatures, MelFusionPipeline
 from melfusion_pipeline.attention_melfusion import BlendKVAttnProcessor, RecordKVAttnProcessor
 from melfusion_pipeline.audio import save_audio
+from melfusion_pipeline.locks_melfusion import ComponentLocks
 from melfusion_pipeline.training import TrajectoryCache
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +87,7 @@ def test_calls_in_several_threads_give_what_they_give_one_after_the_other(pipe, 
 def test_without_the_lock_threads_would_disturb_each_other(pipe, monkeypatch):
     """The test above can fail: without locks, results change or calls break."""
     expected = [run(pipe, **call) for call in CALLS]
-    monkeypatch.setattr(MelFusionPipeline, "_component_locks", lambda self: [])
+    monkeypatch.setattr(ComponentLocks, "of", lambda self, components: [])
     for _ in range(5):
         try:
             results = run_in_threads([pipe])
@@ -162,6 +163,7 @@ from conftest import photograph
 from test_reliability import CALLS, own_processors, run
 from untrained import untrained_components
 from melfusion_pipeline import MelFusionPipeline
+from melfusion_pipeline.locks_melfusion import ComponentLocks
 
 pipe = MelFusionPipeline(**untrained_components())
 pipe.set_progress_bar_config(disable=True)

@@ -5,7 +5,8 @@ from conftest import assert_near
 from diffusers import AutoencoderKL
 from untrained import music_components
 
-from melfusion_pipeline.windows_melfusion import Windows, decoder_margin, vocoder_margin
+from melfusion_pipeline.decoding_melfusion import decoder_margin, vocoder_margin
+from melfusion_pipeline.windows_melfusion import Windows
 
 LAYOUTS = [(200, 64, 16, 0), (129, 64, 8, 0), (131, 64, 32, 0), (97, 10, 9, 0), (64, 64, 16, 0), (300, 64, 28, 12)]
 

@@ -1,0 +1,1 @@
+../../melfusion_pipeline/decoding_melfusion.py

@@ -1,0 +1,1 @@
+../../melfusion_pipeline/locks_melfusion.py
