@@ -61,22 +61,22 @@ def print_operations(music_model: str) -> None:
     from full_size import build_components
 
     from melfusion_pipeline import MelFusionPipeline
+    from melfusion_pipeline.attention_melfusion import KVBlenders
+    from melfusion_pipeline.denoising_melfusion import NoisePredictor
+    from melfusion_pipeline.guidance_melfusion import Guidance
     from melfusion_pipeline.windows_melfusion import Windows
 
     with torch.device("meta"):
         pipe = MelFusionPipeline(**build_components(music_model=music_model))
     pipe.set_progress_bar_config(disable=True)
-    pipe._guidance_scale, pipe._image_guidance_scale = 3.0, None
     own = pipe.unet.config.sample_size
     embeds = torch.empty(2, pipe.unet.config.projection_class_embeddings_input_dim, device="meta")
+    prompts = pipe.prompts.to_unet(embeds)
     timestep = torch.empty((), device="meta")
 
     def step(latents: torch.Tensor, windows: Windows) -> torch.Tensor:
-        merged = torch.zeros_like(latents)
-        for group in windows.groups(16):
-            parts = pipe._predict_noise(latents, timestep, {"class_labels": embeds}, windows, group, 1)
-            windows.merge(merged, parts, group)
-        return merged
+        predictor = NoisePredictor(pipe.unet, pipe.prompts, windows, 1, KVBlenders([]), latents.new_empty(0, 3))
+        return predictor.predict(latents, timestep, prompts, {}, Guidance(3.0), windows.groups(16))
 
     print(f"\n{music_model}, windows of {own} latent frames overlapping by a quarter; TFLOP with guidance.\n")
     print("| seconds | a step: one pass | windows | ratio | VAE decoder: one pass | windows | ratio |")

@@ -12,6 +12,7 @@
 | `melfusion_pipeline.decoding_melfusion` | from latents to a waveform, window by window |
 | `melfusion_pipeline.prompts_melfusion` | how a prompt becomes arguments of the music UNet |
 | `melfusion_pipeline.guidance_melfusion` | the guidance branches and how they are combined |
+| `melfusion_pipeline.denoising_melfusion` | one step: the music UNet on every window, in every branch |
 | `melfusion_pipeline.checks_melfusion` | refusing what a call cannot do |
 | `melfusion_pipeline.attention_melfusion` | the attention processors that record and blend keys and values |
 | `melfusion_pipeline.vocoder_melfusion` | `MusicVocoder`: the small checkpoint's vocoder |

@@ -12,8 +12,11 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import DDIMInverseScheduler, DPMSolverMultistepInverseScheduler
+from diffusers.utils import logging
 
 from .features_melfusion import FEATURE_SOURCES, ImageFeatures
+
+logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("np", "pt", "mel", "latent")
 # Beyond these a typing error is likelier than a machine that can do it.
@@ -363,6 +366,25 @@ def check_branches(prompt_embeds: torch.Tensor, num_waveforms: int, num_branches
             " the guidance must keep a row for each waveform, and set `pipe._image_guidance_scale = None` where a"
             " picture guides."
         )
+
+
+def warn_if_trained_otherwise(synapse: Any, image_features: ImageFeatures) -> None:
+    """Warns of features that were recorded otherwise than those with which a synapse was trained.
+
+    Args:
+        synapse: The `VisualSynapse`; one that does not tell how it was trained is not compared.
+        image_features: The features that it is to fit.
+    """
+    config = synapse.config
+    if config.image_latents is None:
+        return
+    trained = {"image_size": config.image_size, "num_inversion_steps": config.num_inversion_steps}
+    given = {"image_size": image_features.image_size, "num_inversion_steps": len(image_features.timesteps)}
+    for name, value in trained.items():
+        if value is not None and given[name] is not None and given[name] != value:
+            logger.warning(f"The synapse was trained with `{name}={value}`, this call uses {given[name]}.")
+    if config.image_latents != "inversion":
+        logger.warning(f"The synapse was trained with image latents from {config.image_latents!r}, this call inverts.")
 
 
 def _check_synapse_scale(pipe: Any, synapse_scale: float | list[float]) -> None:

@@ -109,6 +109,15 @@ class ImageFeatures:
             raise ValueError(f"`timestep` must be finite, got {timestep!r:.80}.")
         return self.at_step(self.nearest(torch.tensor([float(number)], dtype=torch.float64)).item())
 
+    @classmethod
+    def join(cls, parts: list["ImageFeatures"]) -> "ImageFeatures":
+        """Makes one of the features of several pictures, recorded by the same UNet at the same timesteps."""
+        if len(parts) == 1:
+            return parts[0]
+        keys = {layer: torch.cat([part.keys[layer] for part in parts], dim=1) for layer in parts[0].keys}
+        values = {layer: torch.cat([part.values[layer] for part in parts], dim=1) for layer in parts[0].keys}
+        return replace(parts[0], keys=keys, values=values)
+
     def to(self, *args: Any, **kwargs: Any) -> "ImageFeatures":
         """Moves keys and values to a device and/or dtype, with the arguments of `torch.Tensor.to`."""
         return replace(

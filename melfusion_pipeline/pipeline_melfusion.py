@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -30,15 +30,16 @@ from transformers import (
 
 from .attention_melfusion import KVBlenders, use_attn_processors
 from .checkpoint_melfusion import CheckpointMixin
-from .checks_melfusion import check_branches, check_call, check_finite, check_image_inputs
+from .checks_melfusion import check_branches, check_call, check_finite, check_image_inputs, warn_if_trained_otherwise
 from .decoding_melfusion import decode_latents, decode_mel_spectrogram
+from .denoising_melfusion import NoisePredictor
 from .features_melfusion import ImageFeatures
 from .files_melfusion import atomic_write  # noqa: F401 - remote code gets only the files that are named here
 from .guidance_melfusion import Guidance, branch_alphas
 from .inversion_melfusion import record_image_features
 from .locks_melfusion import ComponentLocks, one_at_a_time
 from .pictures_melfusion import Image, as_pil_images, prepare_image
-from .prompts_melfusion import ClapPrompts, prompts_of_windows, repeat_prompts, tokenize
+from .prompts_melfusion import ClapPrompts, repeat_prompts, tokenize
 from .windows_melfusion import Windows
 
 logger = logging.get_logger(__name__)
@@ -292,12 +293,7 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
             )
             for first in range(0, len(images), IMAGES_AT_ONCE)
         ]
-        features = parts[0]
-        if len(parts) > 1:
-            # Along the pictures; a storyboard may have many, the image UNet's batch may not.
-            keys = {layer: torch.cat([part.keys[layer] for part in parts], dim=1) for layer in features.keys}
-            values = {layer: torch.cat([part.values[layer] for part in parts], dim=1) for layer in features.keys}
-            features = replace(features, keys=keys, values=values)
+        features = ImageFeatures.join(parts)
         check_finite("the inversion of the picture", *features.keys.values(), *features.values.values())
         return replace(features, image_size=image_size or self.default_image_size)
 
@@ -479,71 +475,48 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         keys, values, alphas = self.synapse(image_features.keys, image_features.values, num_tokens, synapse_scale)
         return replace(image_features, keys=keys, values=values), alphas
 
-    def _warn_if_trained_otherwise(self, image_features: ImageFeatures) -> None:
-        config = self.synapse.config
-        if config.image_latents is None:
-            return
-        trained = {"image_size": config.image_size, "num_inversion_steps": config.num_inversion_steps}
-        given = {"image_size": image_features.image_size, "num_inversion_steps": len(image_features.timesteps)}
-        for name, value in trained.items():
-            if value is not None and given[name] is not None and given[name] != value:
-                logger.warning(f"The synapse was trained with `{name}={value}`, this call uses {given[name]}.")
-        if config.image_latents != "inversion":
-            logger.warning(
-                f"The synapse was trained with image latents from {config.image_latents!r}, this call inverts."
-            )
-
-    def _predict_noise(
+    def _encode_prompts(
         self,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        prompts: dict[str, torch.Tensor],
-        windows: Windows,
-        group: range,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        num_texts: int,
         num_waveforms_per_prompt: int,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-    ) -> torch.Tensor:
-        """Runs the music UNet on a group of windows in every guidance branch and combines the branches.
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+        """Gives the UNet's arguments of prompts and of negative prompts (None without guidance), a row a waveform."""
+        if prompt is None and prompt_embeds is None:
+            prompt = ""
+        encoded = self.encode_prompt(
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, self.do_classifier_free_guidance
+        )
+        prompts, negative_prompts = (None if embeds is None else self.prompts.to_unet(embeds) for embeds in encoded)
+        check_finite("the encoding of the prompt", *prompts.values())
+        prompts, negative_prompts = (
+            None if arguments is None else repeat_prompts(arguments, num_texts, num_waveforms_per_prompt)
+            for arguments in (prompts, negative_prompts)
+        )
+        return prompts, negative_prompts
 
-        The UNet's batch is laid out as (guidance branch, prompt or picture, window, waveform), or, of a storyboard, as
-        (guidance branch, window, waveform). So what is blended is broadcast in either case.
-
-        Args:
-            latents: Of the whole piece, scaled for the UNet: `[waveforms of all prompts, channels, time, frequency]`.
-            timestep: The noise level.
-            prompts: The UNet's arguments, `branches * prompts (of a storyboard: or pictures) * waveforms` rows each.
-            windows: The windows over `time`.
-            group: Which of them.
-            num_waveforms_per_prompt: Waveforms for each prompt or picture.
-            cross_attention_kwargs: For the attention processors of the UNet.
-
-        Returns:
-            `[windows of the group, waveforms of all prompts, channels, frames of a window, frequency]`.
-        """
-        guidance = self.guidance
-        cut = windows.cut(latents, group).unflatten(1, (-1, num_waveforms_per_prompt)).movedim(0, 1)
-        layout = (guidance.num_branches, -1, num_waveforms_per_prompt)
-        # diffusers demands `encoder_hidden_states` also where the UNet has no text sequence.
-        arguments = {
-            "encoder_hidden_states": None,
-            **prompts_of_windows(self.prompts, prompts, layout, windows, group),
-            "cross_attention_kwargs": cross_attention_kwargs,
-        }
-        noise_pred = self.unet(torch.cat([cut.flatten(0, 2)] * guidance.num_branches), timestep, **arguments).sample
-        return guidance.combine(noise_pred).unflatten(0, cut.shape[:3]).movedim(1, 0).flatten(1, 2)
+    def _until_interrupted(self, groups: list[range], progress_bar: Any) -> Iterator[range]:
+        for group in groups:
+            if self.interrupt:
+                return
+            yield group
+            progress_bar.update()
 
     def _call_back(
         self,
         callback: Callable,
+        names: list[str],
         step: int,
         timestep: torch.Tensor,
-        names: list[str],
         latents: torch.Tensor,
         prompts: dict[str, torch.Tensor],
         negative_prompts: dict[str, torch.Tensor] | None,
-        num_texts: int,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
         """Shows the callback the named tensors and gives all of them, with those that it returns in their place."""
+        num_rows = len(next(iter(prompts.values()))) // self.guidance.num_branches
         shown = {
             "latents": latents,
             "prompt_embeds": self.prompts.from_unet(prompts),
@@ -558,8 +531,22 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
             negative_prompts = self.prompts.to_unet(negative_prompt_embeds)
             prompts = self.guidance.join(self.guidance.last(prompts), negative_prompts)
         for rows in prompts.values():
-            check_branches(rows, num_texts, self.guidance.num_branches)
+            check_branches(rows, num_rows, self.guidance.num_branches)
         return latents, prompts, negative_prompts
+
+    def _decode(
+        self, latents: torch.Tensor, output_type: str, audio_length_in_s: float, window_length_in_s: float | None
+    ) -> torch.Tensor:
+        check_finite("denoising", latents)
+        if output_type == "latent":
+            return latents
+        mel_spectrogram = self.decode_latents(latents, window_length_in_s)
+        check_finite("the VAE decoder", mel_spectrogram)
+        if output_type == "mel":
+            return mel_spectrogram.squeeze(1)[:, : self._num_frames(audio_length_in_s)]
+        waveform = self.mel_spectrogram_to_waveform(mel_spectrogram, audio_length_in_s, window_length_in_s)
+        check_finite("the vocoder", waveform, dtype=self.vocoder.dtype)
+        return waveform
 
     @torch.no_grad()
     @one_at_a_time
@@ -712,22 +699,10 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         batch_size = num_pieces * num_waveforms_per_prompt
 
         # 2. Encode the prompt
-        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-            "" if prompt is None and prompt_embeds is None else prompt,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            self.do_classifier_free_guidance,
-            device,
-        )
-        prompts = self.prompts.to_unet(prompt_embeds)
-        check_finite("the encoding of the prompt", *prompts.values())
         num_texts = max(num_prompts, num_pieces)
-        prompts = repeat_prompts(prompts, num_texts, num_waveforms_per_prompt)
-        negative_prompts = None
-        if negative_prompt_embeds is not None:
-            negative_prompts = self.prompts.to_unet(negative_prompt_embeds)
-            negative_prompts = repeat_prompts(negative_prompts, num_texts, num_waveforms_per_prompt)
+        prompts, negative_prompts = self._encode_prompts(
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_texts, num_waveforms_per_prompt
+        )
         prompts = self.guidance.join(prompts, negative_prompts)
 
         # 3. Encode the picture: invert, record
@@ -751,70 +726,35 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         groups = list(windows.groups(window_batch_size))
 
         # 6. Fit the picture's keys and values to a window; look up which recorded ones each step blends
-        blenders = KVBlenders([])
+        blenders, alphas, recorded = KVBlenders([]), latents.new_empty(0, 3), [{}] * len(timesteps)
         if image_features is not None:
-            self._warn_if_trained_otherwise(image_features)
+            warn_if_trained_otherwise(self.synapse, image_features)
             window = windows.cut(latents, [0])[0]
             image_features, alphas = self.fit_image_features(image_features, window, synapse_scale)
-            alphas = branch_alphas(alphas)
-            blenders = KVBlenders(self.synapse.config.music_layers)
-            recorded_steps = image_features.nearest(timesteps).tolist()
+            blenders, alphas = KVBlenders(self.synapse.config.music_layers), branch_alphas(alphas)
+            recorded = [image_features.at_step(step) for step in image_features.nearest(timesteps).tolist()]
 
         # 7. Denoise
+        predictor = NoisePredictor(
+            self.unet, self.prompts, windows, num_waveforms_per_prompt, blenders, alphas, cross_attention_kwargs
+        )
         total = len(timesteps) * len(groups)
         with use_attn_processors(self.unet, blenders), self.progress_bar(total=total) as progress_bar:
             for i, t in enumerate(timesteps):
-                noise_pred = torch.zeros_like(latents, dtype=torch.promote_types(latents.dtype, torch.float32))
                 model_input = self.scheduler.scale_model_input(latents, t)
-                for group in groups:
-                    if image_features is not None:
-                        recorded = image_features.at_step(recorded_steps[i])
-                        seen = {
-                            layer: [windows.see(states, group) for states in recorded[layer]] for layer in recorded
-                        }
-                        blenders.read(seen, alphas[:, -self.guidance.num_branches :])
-                    parts = self._predict_noise(
-                        model_input,
-                        t,
-                        prompts,
-                        windows,
-                        group,
-                        num_waveforms_per_prompt,
-                        cross_attention_kwargs,
-                    )
-                    windows.merge(noise_pred, parts, group)
-                    progress_bar.update()
-                    if self.interrupt:
-                        break
+                remaining = self._until_interrupted(groups, progress_bar)
+                noise_pred = predictor.predict(model_input, t, prompts, recorded[i], self.guidance, remaining)
                 if self.interrupt:
                     break
-                latents = self.scheduler.step(noise_pred.to(parts.dtype), t, latents, **step_kwargs).prev_sample
+                latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs).prev_sample
                 if callback_on_step_end is not None:
+                    names = callback_on_step_end_tensor_inputs
                     latents, prompts, negative_prompts = self._call_back(
-                        callback_on_step_end,
-                        i,
-                        t,
-                        callback_on_step_end_tensor_inputs,
-                        latents,
-                        prompts,
-                        negative_prompts,
-                        num_texts * num_waveforms_per_prompt,
+                        callback_on_step_end, names, i, t, latents, prompts, negative_prompts
                     )
-                if self.interrupt:
-                    break
 
         # 8. Decode
-        check_finite("denoising", latents)
-        audio = latents
-        if output_type != "latent":
-            audio = self.decode_latents(latents, window_length_in_s)
-            check_finite("the VAE decoder", audio)
-        if output_type == "mel":
-            audio = audio.squeeze(1)[:, : self._num_frames(audio_length_in_s)]
-        elif output_type != "latent":
-            audio = self.mel_spectrogram_to_waveform(audio, audio_length_in_s, window_length_in_s)
-            check_finite("the vocoder", audio, dtype=self.vocoder.dtype)
-        audio = audio.float().cpu()
+        audio = self._decode(latents, output_type, audio_length_in_s, window_length_in_s).float().cpu()
         if output_type == "np":
             audio = audio.numpy()
 

@@ -28,6 +28,7 @@ from diffusers.callbacks import (
 from untrained import music_unet, picture_unet
 
 from melfusion_pipeline import ImageFeatures, MelFusionPipeline, VisualSynapse, pictures_melfusion
+from melfusion_pipeline.denoising_melfusion import NoisePredictor
 
 PROMPTS = ["a calm piano", "loud drums and a bass"]
 FAST = {"num_inference_steps": 2, "num_inversion_steps": 2, "guidance_scale": 3.0}
@@ -409,11 +410,11 @@ def test_a_picture_is_looked_at_once_and_recorded_steps_are_looked_up_before_the
         (pictures_melfusion, "_as_pil_image"),
         (pictures_melfusion, "to_rgb"),
         (ImageFeatures, "nearest"),
-        (pipe, "_predict_noise"),
+        (NoisePredictor, "predict"),
     ):
         watched(module, name)
     run(pipe, [photograph(1), photograph(2)], PROMPTS, num_inference_steps=3)
-    assert events == ["_as_pil_image"] * 2 + ["to_rgb"] * 2 + ["nearest"] + ["_predict_noise"] * 3
+    assert events == ["_as_pil_image"] * 2 + ["to_rgb"] * 2 + ["nearest"] + ["predict"] * 3
 
 
 def test_a_call_unlike_the_training_warns(pipe, image, caplog):

@@ -1,0 +1,1 @@
+../../melfusion_pipeline/denoising_melfusion.py
