@@ -1,16 +1,31 @@
 """Small components of all the real classes with random weights: they run everywhere and have learnt nothing."""
 
+import string
+
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AudioLDM2ProjectionModel,
+    AudioLDM2UNet2DConditionModel,
+    AutoencoderKL,
+    DDIMScheduler,
+    UNet2DConditionModel,
+)
 from transformers import (
+    ClapConfig,
+    ClapModel,
     ClapTextConfig,
     ClapTextModelWithProjection,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
     RobertaTokenizer,
     SpeechT5HifiGan,
     SpeechT5HifiGanConfig,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -35,6 +50,29 @@ def music_unet(**changes) -> UNet2DConditionModel:
         "class_embeddings_concat": True,
     }
     return UNet2DConditionModel(**{**config, **changes})
+
+
+def audioldm2_unet(**changes) -> AudioLDM2UNet2DConditionModel:
+    """AudioLDM 2's shape: after each resnet a transformer without text, one for each of two text sequences."""
+    config = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16, 16, 24),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "attention_head_dim": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": [[None, 12, 20]] * 4,
+    }
+    return AudioLDM2UNet2DConditionModel(**{**config, **changes})
+
+
+def text_unet(**changes) -> UNet2DConditionModel:
+    """Tango's shape: Stable Diffusion's, with one text sequence, of which a mask says what is padding."""
+    config = {"sample_size": (8, 2), "cross_attention_dim": 20, "use_linear_projection": True}
+    return picture_unet(**{**config, **changes})
 
 
 def picture_unet(**changes) -> UNet2DConditionModel:
@@ -121,6 +159,47 @@ def music_components(mel_bands: int) -> dict:
         "tokenizer": tokenizer,
         "scheduler": ddim_scheduler(0.0015, 0.0195),
         "vocoder": vocoder,
+    }
+
+
+def t5_components() -> dict:
+    """A T5 encoder of 20 channels and its tokenizer, which knows single letters."""
+    words = [("▁", -2.0), *((letter, -3.0) for letter in string.ascii_letters + string.digits + string.punctuation)]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *words]
+    config = T5Config(vocab_size=len(vocabulary), d_model=20, d_ff=37, d_kv=10, num_heads=2, num_layers=2)
+    return {
+        "text_encoder": T5EncoderModel(config),
+        "tokenizer": T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=32),
+    }
+
+
+def audioldm2_components(mel_bands: int) -> dict:
+    """The text-to-music side, as in AudioLDM 2, without its UNet: CLAP and T5, joined by a GPT-2 of 12 channels."""
+    components = music_components(mel_bands)
+    text_config = components["text_encoder"].config.to_dict() | {"projection_dim": 16}
+    audio_config = {
+        "spec_size": 32,
+        "window_size": 4,
+        "num_mel_bins": 32,
+        "depths": [1, 1],
+        "num_attention_heads": [1, 1],
+        "num_hidden_layers": 2,
+        "hidden_size": 16,
+        "patch_size": 4,
+        "patch_stride": 4,
+        "patch_embeds_hidden_size": 8,
+        "projection_dim": 16,
+    }
+    t5 = t5_components()
+    language_config = GPT2Config(
+        n_embd=12, n_head=2, n_layer=2, vocab_size=8, n_positions=64, bos_token_id=0, eos_token_id=0, max_new_tokens=8
+    )
+    return components | {
+        "text_encoder": ClapModel(ClapConfig(text_config=text_config, audio_config=audio_config, projection_dim=16)),
+        "text_encoder_2": t5["text_encoder"],
+        "tokenizer_2": t5["tokenizer"],
+        "projection_model": AudioLDM2ProjectionModel(16, 20, 12),
+        "language_model": GPT2LMHeadModel(language_config),
     }
 
 

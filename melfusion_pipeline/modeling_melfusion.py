@@ -1,5 +1,7 @@
 """The visual synapse: what MeLFusion learns. One file without relative imports, so that the Hub can load it alone."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
@@ -34,6 +36,27 @@ def decoder_layers(unet: ModelMixin, attention: str) -> list[tuple[str, int, int
     ]
 
 
+def text_argument(unet: ModelMixin, layer: str) -> str | None:
+    """Names the argument of a music UNet whose text sequence a layer at the cross-attention position attends to.
+
+    Args:
+        unet: A `UNet2DConditionModel` or `AudioLDM2UNet2DConditionModel`.
+        layer: The layer's name, as `decoder_layers` gives it.
+
+    Returns:
+        `"encoder_hidden_states"`, `"encoder_hidden_states_1"` (AudioLDM 2's second text), or None for a layer without
+        a text sequence, which attends to the music.
+    """
+    # AudioLDM declares cross-attention to as many channels as the music has, and is called without a text sequence.
+    if not unet.get_submodule(layer).is_cross_attention or unet.config.class_embed_type == "simple_projection":
+        return None
+    _, block, _, transformer, *_ = layer.split(".")
+    block = unet.up_blocks[int(block)]
+    # AudioLDM 2 has several transformers after each resnet; those from the third on attend to the second text.
+    second = int(transformer) % (len(block.attentions) // len(block.resnets)) > 1
+    return "encoder_hidden_states_1" if second else "encoder_hidden_states"
+
+
 class VisualSynapse(ModelMixin, ConfigMixin):
     """Fits a picture's keys and values to the music UNet and holds the strengths with which they are blended.
 
@@ -54,6 +77,8 @@ class VisualSynapse(ModelMixin, ConfigMixin):
             `None` before training.
         num_inversion_steps: The inversion grid used in training. `None` before training or with `"noising"`.
         image_size: The side of the pictures in training, in pixels. `None` before training.
+        music_texts: The music UNet's argument whose text sequence each music layer attends to, None for a layer that
+            attends to the music. None in place of the list, as in older configs, is a UNet without text sequences.
 
     Raises:
         ValueError: If the lists differ in length or are empty, or `projection` is unknown.
@@ -73,9 +98,11 @@ class VisualSynapse(ModelMixin, ConfigMixin):
         image_latents: str | None = None,
         num_inversion_steps: int | None = None,
         image_size: int | None = None,
+        music_texts: list[str | None] | None = None,
     ) -> None:
         super().__init__()
-        lengths = {len(names) for names in (image_layers, image_widths, music_layers, music_widths, music_levels)}
+        lists = (image_layers, image_widths, music_layers, music_widths, music_levels, music_texts)
+        lengths = {len(names) for names in lists if names is not None}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(f"The layer lists of `VisualSynapse` must have one length above zero, got {lengths}.")
         if projection not in ("linear", "pool"):
@@ -97,27 +124,40 @@ class VisualSynapse(ModelMixin, ConfigMixin):
                 projection.weight.copy_(pooling_matrix(projection.in_features, projection.out_features))
 
     @classmethod
-    def from_unets(cls, image_unet: ModelMixin, unet: ModelMixin, projection: str = "linear") -> "VisualSynapse":
+    def from_unets(
+        cls, image_unet: ModelMixin, unet: ModelMixin, projection: str = "linear", layers: str | None = None
+    ) -> "VisualSynapse":
         """Builds an untrained synapse (alpha = 0) between two UNets.
 
         Args:
             image_unet: The text-to-image `UNet2DConditionModel`.
-            unet: The text-to-music `UNet2DConditionModel`.
+            unet: The text-to-music `UNet2DConditionModel` or `AudioLDM2UNet2DConditionModel`.
             projection: `"linear"` or `"pool"`.
+            layers: Which of the music UNet's decoder layers at the cross-attention position blend: `"self"` (those
+                without a text sequence), `"text"` (those with one) or `"all"`. None is `"self"` where the UNet has
+                such layers (AudioLDM, MusicLDM, AudioLDM 2), else `"text"`. In a layer with text the picture takes
+                the places of the text's tokens, and what the text's mask hides stays hidden.
 
         Returns:
-            A synapse with one layer for each of the music UNet's decoder layers.
+            A synapse with one layer for each of those layers.
 
         Raises:
-            ValueError: If either decoder has no attention layer; the message names both.
+            ValueError: If `layers` is unknown, or either decoder has no such attention layer; the message names both.
         """
+        if layers not in (None, "self", "text", "all"):
+            raise ValueError(f"`layers` must be 'self', 'text', 'all' or None, got {layers!r}.")
         image, music = decoder_layers(image_unet, "attn1"), decoder_layers(unet, "attn2")
+        texts = {name: text_argument(unet, name) for name, _, _ in music}
+        if layers is None:
+            layers = "self" if None in texts.values() else "text"
+        if layers != "all":
+            music = [layer for layer in music if (texts[layer[0]] is None) == (layers == "self")]
         if not image or not music:
             raise ValueError(
                 "The decoders of `image_unet` and `unet` cannot be matched: `image_unet` has"
                 f" {len(image)} self-attention layers in its up blocks {image_unet.config.up_block_types}, `unet` has"
-                f" {len(music)} layers at the cross-attention position in {unet.config.up_block_types}. Both need one"
-                " at least: use UNets with `CrossAttnUpBlock2D`."
+                f" {len(music)} layers at the cross-attention position in {unet.config.up_block_types} (layers="
+                f"{layers!r} of {len(texts)}). Both need one at least: use UNets with `CrossAttnUpBlock2D`."
             )
         # The middle of each music layer's share of the depth, in whole numbers: equal counts meet one to one.
         matched = [image[(2 * index + 1) * len(image) // (2 * len(music))] for index in range(len(music))]
@@ -127,6 +167,7 @@ class VisualSynapse(ModelMixin, ConfigMixin):
             music_layers=[name for name, _, _ in music],
             music_widths=[width for _, width, _ in music],
             music_levels=[level for _, _, level in music],
+            music_texts=[texts[name] for name, _, _ in music],
             projection=projection,
         )
 
@@ -138,7 +179,7 @@ class VisualSynapse(ModelMixin, ConfigMixin):
             unet: The text-to-music UNet; None is not checked.
 
         Raises:
-            ValueError: Naming the first layer that is missing or of another width.
+            ValueError: Naming the first layer that is missing, of another width, or of another text sequence.
         """
         config = self.config
         for name, model, layers, widths in (
@@ -149,6 +190,13 @@ class VisualSynapse(ModelMixin, ConfigMixin):
                 continue
             found = {layer: _key_width(model, layer) for layer in layers}
             _check_widths(f"`{name}`", found, dict(zip(layers, widths)))
+        for layer, expected in zip(config.music_layers, self.music_texts):
+            if unet is not None and (text := text_argument(unet, layer)) != expected:
+                raise ValueError(
+                    f"`unet` does not fit `synapse`, which expects {layer} to attend to {expected or 'the music'}: in"
+                    f" `unet`, a {type(unet).__name__}, it attends to {text or 'the music'}. Use what the synapse was"
+                    " made for, or build another with `VisualSynapse.from_unets(image_unet, unet)`."
+                )
 
     def check_image_features(self, keys: dict[str, torch.Tensor]) -> None:
         """Refuses recorded keys of a UNet other than the one that this synapse reads.
@@ -162,10 +210,38 @@ class VisualSynapse(ModelMixin, ConfigMixin):
         found = {layer: key.shape[-1] for layer, key in keys.items()}
         _check_widths("`image_features`", found, dict(zip(self.config.image_layers, self.config.image_widths)))
 
-    def num_tokens(self, latent_height: int, latent_width: int) -> list[int]:
-        """Gives each music layer's number of tokens for latents of `latent_height` x `latent_width`."""
-        # Negated floor division rounds up, as the UNet's strided convolutions do.
-        return [-(-latent_height // 2**level) * -(-latent_width // 2**level) for level in self.config.music_levels]
+    @property
+    def music_texts(self) -> list[str | None]:
+        """The music UNet's argument whose text sequence each music layer attends to, None where that is the music."""
+        return self.config.music_texts or [None] * len(self.config.music_layers)
+
+    def num_tokens(
+        self, latent_height: int, latent_width: int, text_tokens: Mapping[str, int] | None = None
+    ) -> list[int]:
+        """Gives the number of tokens that each music layer attends to.
+
+        Args:
+            latent_height: Of the music latents.
+            latent_width: Likewise.
+            text_tokens: The length of each text sequence by the UNet's argument, where the synapse blends layers with
+                text.
+
+        Returns:
+            `N_M` of each layer.
+
+        Raises:
+            ValueError: If a layer attends to a text whose length is not given.
+        """
+        tokens = []
+        for level, text in zip(self.config.music_levels, self.music_texts):
+            if text is not None and text not in (text_tokens or {}):
+                raise ValueError(
+                    f"The synapse blends layers that attend to `{text}`: give its length in `text_tokens`."
+                )
+            # Negated floor division rounds up, as the UNet's strided convolutions do.
+            music = -(-latent_height // 2**level) * -(-latent_width // 2**level)
+            tokens.append(music if text is None else text_tokens[text])
+        return tokens
 
     def forward(
         self,
