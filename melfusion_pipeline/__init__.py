@@ -14,6 +14,7 @@
 | `melfusion_pipeline.guidance_melfusion` | the guidance branches and how they are combined |
 | `melfusion_pipeline.denoising_melfusion` | one step: the music UNet on every window, in every branch |
 | `melfusion_pipeline.checks_melfusion` | refusing what a call cannot do |
+| `melfusion_pipeline.blending` | `blend_image`: the synapse as a plug for other pipelines |
 | `melfusion_pipeline.attention_melfusion` | the attention processors that record and blend keys and values |
 | `melfusion_pipeline.vocoder_melfusion` | `MusicVocoder`: the small checkpoint's vocoder |
 | `melfusion_pipeline.files_melfusion` | writing a file whole or not at all |
@@ -27,10 +28,11 @@
 | `melfusion_pipeline.film` | films and slide shows: cuts, light and tempo, the music under the picture |
 """
 
+from .blending import blend_image
 from .features_melfusion import ImageFeatures
 from .modeling_melfusion import VisualSynapse
 from .pipeline_melfusion import MelFusionPipeline
 from .vocoder_melfusion import MusicVocoder
 
-__all__ = ["ImageFeatures", "MelFusionPipeline", "MusicVocoder", "VisualSynapse"]
+__all__ = ["ImageFeatures", "MelFusionPipeline", "MusicVocoder", "VisualSynapse", "blend_image"]
 __version__ = "0.1.0.dev0"

@@ -114,7 +114,7 @@ def check_call(
     if image_features is not None:
         num_images = _check_image_features(pipe, image_features)
     if num_images:
-        _check_synapse_scale(pipe, synapse_scale)
+        check_synapse_scale(pipe.synapse, synapse_scale)
     if image_guidance_scale is not None:
         _check_real("image_guidance_scale", image_guidance_scale)
         if not num_images:
@@ -387,8 +387,9 @@ def warn_if_trained_otherwise(synapse: Any, image_features: ImageFeatures) -> No
         logger.warning(f"The synapse was trained with image latents from {config.image_latents!r}, this call inverts.")
 
 
-def _check_synapse_scale(pipe: Any, synapse_scale: float | list[float]) -> None:
-    num_layers = len(pipe.synapse.config.music_layers)
+def check_synapse_scale(synapse: Any, synapse_scale: float | list[float]) -> None:
+    """Refuses what is neither one number nor one for each layer of the `VisualSynapse` `synapse`."""
+    num_layers = len(synapse.config.music_layers)
     if isinstance(synapse_scale, (np.ndarray, torch.Tensor)):
         synapse_scale = synapse_scale.tolist()
     if not isinstance(synapse_scale, (list, tuple)):

@@ -1,5 +1,6 @@
 """Tiny components of the real classes, built locally, and the settings that all tests share."""
 
+import inspect
 import os
 import shutil
 import sys
@@ -24,6 +25,7 @@ import pytest
 import torch
 import transformers.dynamic_module_utils
 import transformers.utils.hub
+from diffusers import AudioLDM2Pipeline
 from hub_standin import HubStandIn
 from untrained import untrained_components
 
@@ -73,6 +75,18 @@ def image() -> PIL.Image.Image:
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def audioldm2_oracle(components: dict) -> AudioLDM2Pipeline:
+    """diffusers' own pipeline, in eval mode, which leaves the waveforms in the order of their noise."""
+    names = inspect.signature(AudioLDM2Pipeline).parameters.keys() - {"feature_extractor"}
+    oracle = AudioLDM2Pipeline(feature_extractor=None, **{name: components[name] for name in names})
+    for component in oracle.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval()
+    oracle.score_waveforms = lambda audio, **_: audio
+    oracle.set_progress_bar_config(disable=True)
+    return oracle
 
 
 @pytest.fixture

@@ -26,8 +26,17 @@ from films import clicks, write_film
 from full_size import build_components
 from hub_standin import HubStandIn
 from safetensors.torch import load_file
-from transformers import CLIPImageProcessor
-from untrained import autoencoder, music_components, music_unet, picture_components, picture_unet, untrained_components
+from transformers import ClapFeatureExtractor, CLIPImageProcessor
+from untrained import (
+    audioldm2_components,
+    audioldm2_unet,
+    autoencoder,
+    music_components,
+    music_unet,
+    picture_components,
+    picture_unet,
+    untrained_components,
+)
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.attention_melfusion import MAX_RECORDED_TOKENS
@@ -134,9 +143,18 @@ def audioldm(folder: Path) -> Path:
     return folder
 
 
+def audioldm2(folder: Path) -> Path:
+    """The layout of audioldm2, whose default length is 10.24 s."""
+    components = audioldm2_components(mel_bands=64)
+    components["vae"] = autoencoder(in_channels=1, out_channels=1, latent_channels=8, scaling_factor=0.9)
+    unet = audioldm2_unet(in_channels=8, out_channels=8, sample_size=256)
+    return save(folder, components | {"unet": unet, "feature_extractor": ClapFeatureExtractor()})
+
+
 CHECKPOINTS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion,
     "cvssp/audioldm-s-full-v2": audioldm,
+    "cvssp/audioldm2": audioldm2,
     "laion/clap-htsat-unfused": save_clap,
     "openai/clip-vit-large-patch14": save_clip,
     "MIT/ast-finetuned-audioset-10-10-0.4593": save_ast,
