@@ -1,4 +1,10 @@
-"""Tiny components of the real classes, built locally, and the settings that all tests share."""
+"""Tiny components of the real classes, built locally, and the settings that all tests share.
+
+The process that hands out the tests reads this file too and runs none: torch and the libraries on it take seconds to
+import, and are imported where they are needed.
+"""
+
+from __future__ import annotations
 
 import inspect
 import os
@@ -7,6 +13,17 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import PIL.Image
+import pytest
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AudioLDM2Pipeline
+
+    from melfusion_pipeline import MelFusionPipeline
 
 # Read when torch is imported, here and in the processes that tests start. Tiny tensors gain nothing from threads: they
 # wait for one another in busy loops, which is several times the work where the cores are shared.
@@ -17,19 +34,27 @@ if os.environ.get("ATEN_CPU_CAPABILITY") == "default":
     # torch asks oneDNN whether the processor packs bfloat16, and fails where its own kernels were told not to.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
-import diffusers.utils.dynamic_modules_utils
-import huggingface_hub
-import numpy as np
-import PIL.Image
-import pytest
-import torch
-import transformers.dynamic_module_utils
-import transformers.utils.hub
-from diffusers import AudioLDM2Pipeline
-from hub_standin import HubStandIn
-from untrained import untrained_components
+# What takes longest begins first: begun last, it would keep one process busy while the others have nothing left.
+LONGEST = (
+    "readme",
+    "loading_melfusion",
+    "small_checkpoint",
+    "long_pieces",
+    "train_melfusion",
+    "examples",
+    "small_checkpoint_training",
+    "pipeline_melfusion",
+    "reliability",
+    "evaluate",
+    "app",
+    "notebook",
+    "fuzz_melfusion",
+)
 
-from melfusion_pipeline import MelFusionPipeline
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 def rounding_error(expected, steps: int = 1000) -> float:
@@ -38,23 +63,31 @@ def rounding_error(expected, steps: int = 1000) -> float:
     Kernels differ from processor to processor and with the size of the batch, and a small difference of large values
     carries the error of the large ones: neither an absolute bound nor one relative to each element holds everywhere.
     """
+    import torch
+
     expected = torch.as_tensor(expected)
     return steps * torch.finfo(expected.dtype).eps * expected.abs().max().item()
 
 
 def assert_near(actual, expected, steps: int = 1000) -> None:
     """Checks that two computations of the same thing agree up to `rounding_error`; their dtypes must be the same."""
+    import torch
+
     actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
     torch.testing.assert_close(actual, expected, atol=rounding_error(expected, steps), rtol=0)
 
 
 @pytest.fixture
 def components() -> dict:
+    from untrained import untrained_components
+
     return untrained_components()
 
 
 @pytest.fixture
 def pipe(components: dict) -> MelFusionPipeline:
+    from melfusion_pipeline import MelFusionPipeline
+
     pipe = MelFusionPipeline(**components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -74,11 +107,16 @@ def image() -> PIL.Image.Image:
 
 
 def generator(seed: int = 0) -> torch.Generator:
+    import torch
+
     return torch.Generator().manual_seed(seed)
 
 
 def audioldm2_oracle(components: dict) -> AudioLDM2Pipeline:
     """diffusers' own pipeline, in eval mode, which leaves the waveforms in the order of their noise."""
+    import torch
+    from diffusers import AudioLDM2Pipeline
+
     names = inspect.signature(AudioLDM2Pipeline).parameters.keys() - {"feature_extractor"}
     oracle = AudioLDM2Pipeline(feature_extractor=None, **{name: components[name] for name in names})
     for component in oracle.components.values():
@@ -99,6 +137,12 @@ def hub(tmp_path):
 @contextmanager
 def use_hub(home: Path, monkeypatch: pytest.MonkeyPatch):
     """Starts a Hub and points to it all that reads the Hub's address, here and in child processes."""
+    import diffusers.utils.dynamic_modules_utils
+    import huggingface_hub
+    import transformers.dynamic_module_utils
+    import transformers.utils.hub
+    from hub_standin import HubStandIn
+
     constants = huggingface_hub.constants
     with HubStandIn() as hub:
         for name, value in hub.environment(home).items():

@@ -231,8 +231,9 @@ def test_music_is_made_over_http_and_errors_arrive(served, tmp_path):
             client.predict(file, prompt, 1.0, 2, 3.0, 1.0, 1.0, 5, variations, api_name="/make_music")
 
 
-def test_a_slide_show_is_made_over_http_in_the_order_of_the_files(served, tmp_path):
+def test_a_slide_show_is_made_over_http_in_the_order_of_the_files(served, pipe, tmp_path):
     _, address = served
+    pipe.register_to_config(default_num_inference_steps=2)
     for name, colour in (("b", "red"), ("a", "blue")):
         PIL.Image.new("RGB", (60, 40), colour).save(tmp_path / f"{name}.png")
     (tmp_path / "text.png").write_text("no picture")

@@ -283,7 +283,7 @@ def test_recorded_tokens_are_pooled_as_by_the_library_also_where_it_refuses(num_
     expected = F.adaptive_avg_pool1d(states.transpose(1, 2), min(num_tokens, 1024)).transpose(1, 2)
     if num_tokens <= 1024 or num_tokens % 1024 == 0:
         assert torch.equal(pooled, expected)
-    torch.testing.assert_close(pooled, expected)
+    assert_near(pooled, expected, steps=4)
 
 
 def test_keys_on_another_device_are_blended_where_the_music_is():

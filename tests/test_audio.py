@@ -113,7 +113,7 @@ def test_number_of_frames_and_batching(length):
     waveform = torch.from_numpy(polyphonic_music(16000, 2.2)[: 2 * length].reshape(2, 1, length))
     log_mel = log_mel_spectrogram(waveform)
     assert log_mel.shape == (2, 1, length // 160, 64)
-    assert torch.allclose(log_mel[1, 0], log_mel_spectrogram(waveform[1, 0]), rtol=0, atol=1e-12)
+    assert_near(log_mel[1, 0], log_mel_spectrogram(waveform[1, 0]))
 
 
 def test_log_mel_is_differentiable():
@@ -133,7 +133,7 @@ def test_normalize_waveform_sets_mean_and_peak_and_keeps_silence():
     waveform = torch.tensor([[0.2, 0.3, 0.9, 0.2], [0.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 1e-6, 0.0]])
     normalized = normalize_waveform(waveform)
     assert normalized.mean(dim=-1).abs().max() < rounding_error(normalized, 10)
-    assert torch.allclose(normalized.abs().amax(dim=-1), torch.tensor([0.5, 0.0, 0.0, 0.5]))
+    assert_near(normalized.abs().amax(dim=-1), torch.tensor([0.5, 0.0, 0.0, 0.5]))
     assert torch.equal(normalized[1:3], torch.zeros(2, 4))
     constant = torch.full((163840,), 0.3)
     assert torch.equal(normalize_waveform(constant), torch.zeros(163840))

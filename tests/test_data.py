@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import os
+import pickle
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import psutil
 import pytest
 import soundfile
 import torch
+from conftest import assert_near
 from torch.utils.data import DataLoader
 
 from melfusion_pipeline.data import (
@@ -88,7 +90,7 @@ def test_batch_of_a_json_lines_set(tmp_path, records):
     assert batch["pixel_values"].shape == (6, 3, 16, 16) and batch["pixel_values"].dtype == torch.float32
     assert -1 <= batch["pixel_values"].min() < -0.5 and 0.5 < batch["pixel_values"].max() <= 1
     assert batch["waveforms"].shape == (6, 20480) and batch["waveforms"].dtype == torch.float32
-    assert torch.allclose(batch["waveforms"].abs().amax(dim=1), torch.tensor(0.5))
+    assert_near(batch["waveforms"].abs().amax(dim=1), torch.full((6,), 0.5))
     assert batch["captions"] == [record["caption"] for record in records]
     assert batch["indices"].tolist() == list(range(6)) and batch["indices"].dtype == torch.int64
     assert batch["image_paths"] == [str((tmp_path / record["image"]).resolve()) for record in records]
@@ -309,8 +311,8 @@ def test_bad_rows_are_refused_or_skipped(tmp_path, records, streaming, caplog):
         select_good_rows(rows, problems)
     good_rows = select_good_rows(rows, problems, skip_bad_rows=True)
     assert "none.wav" in caplog.text and select_good_rows(good_rows, []) is good_rows
-    # A spawned worker gets the rows sent; a forked one would share them.
-    sent = DataLoader(good_rows, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    # A spawned worker gets the rows pickled; a forked one would share them.
+    sent = DataLoader(pickle.loads(pickle.dumps(good_rows)), batch_size=None, num_workers=1)
     assert [row["row"] for row in good_rows] == [row["row"] for row in sent] == [0, 1, 3, 4, 5, 6]
 
 

@@ -1,7 +1,6 @@
-"""The scripts of `examples/`, run as a user runs them."""
+"""The scripts of `examples/`, run as a user runs them: the first in a new Python, the others in copies of this one."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import slideshow
 import soundfile
 from conftest import photograph
 from films import clicks, write_film
+from processes import run_script, start_script
 from slideshow import lay_out, list_pictures
 
 from melfusion_pipeline.film import find_onsets, read_film
@@ -21,15 +21,9 @@ from melfusion_pipeline.film import find_onsets, read_film
 ROOT = Path(__file__).parents[1]
 
 
-def run_example(script: str, *arguments: str | Path) -> str:
-    command = [sys.executable, ROOT / "examples" / script, *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def test_generate_writes_a_wav_and_a_picture_with_the_bundled_checkpoint(tmp_path):
-    run_example("generate.py", "--output", tmp_path, "--num_inference_steps", "10")
+    command = [sys.executable, "examples/generate.py", "--output", tmp_path, "--num_inference_steps", "10"]
+    subprocess.run(command, cwd=ROOT, check=True)
     waveform, sampling_rate = soundfile.read(tmp_path / "forest_stream.wav")
     assert sampling_rate == 16000 and len(waveform) == 5.12 * 16000 and abs(waveform).max() > 0.05
     assert PIL.Image.open(tmp_path / "forest_stream.png").size == (900, 300)
@@ -38,14 +32,16 @@ def test_generate_writes_a_wav_and_a_picture_with_the_bundled_checkpoint(tmp_pat
 def test_generate_takes_a_checkpoint(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "checkpoint")
     arguments = ("--checkpoint", tmp_path / "checkpoint", "--output", tmp_path, "--num_inference_steps", "2")
-    run_example("generate.py", *arguments)
+    result = run_script(ROOT / "examples" / "generate.py", *arguments, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / "forest_stream.wav").is_file()
 
 
 def test_the_demo_writes_eight_wavs_two_pictures_and_a_whole_table(tmp_path):
-    command = [sys.executable, ROOT / "examples/demo.py", "--output", tmp_path, "--num_inference_steps", "2"]
     # Both streams into one, as a terminal shows them: no progress bar may run through the table.
-    printed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    command = (ROOT / "examples" / "demo.py", "--output", tmp_path, "--num_inference_steps", "2")
+    start_script(*command, output=tmp_path / "printed").join()
+    printed = (tmp_path / "printed").read_text()
     assert len(list(tmp_path.glob("*.wav"))) == 8
     assert PIL.Image.open(tmp_path / "sheet.png").width > 1000
     assert PIL.Image.open(tmp_path / "opposites.jpg").width == PIL.Image.open(ROOT / "examples/opposites.jpg").width
@@ -58,10 +54,9 @@ def test_the_demo_writes_eight_wavs_two_pictures_and_a_whole_table(tmp_path):
 def test_another_package_called_evaluate_is_not_taken_for_ours(tmp_path):
     (tmp_path / "evaluate").mkdir()
     (tmp_path / "evaluate" / "__init__.py").write_text("raise ImportError('this is another package')")
-    command = [sys.executable, ROOT / "examples/small_checkpoint/evaluate_checkpoint.py", "--help"]
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    script = ROOT / "examples" / "small_checkpoint" / "evaluate_checkpoint.py"
+    result = run_script(script, "--help", paths=[tmp_path], folder=tmp_path)
+    assert result.returncode == 0 and "usage: evaluate_checkpoint.py" in result.stdout, result.stderr
 
 
 @pytest.fixture
@@ -78,7 +73,9 @@ def folder(pipe, tmp_path):
 
 def make(folder, script, *arguments):
     settings = ("--checkpoint", folder / "checkpoint", "--num_inference_steps", "2", "--preview")
-    return run_example(script, *arguments, *settings)
+    result = run_script(ROOT / "examples" / script, *arguments, *settings, folder=folder)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def test_a_slide_show_is_made_of_a_folder_and_changes_on_the_beat(folder):

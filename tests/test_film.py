@@ -2,9 +2,7 @@
 
 import io
 import math
-import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -15,6 +13,7 @@ import PIL.ImageStat
 import pytest
 from conftest import wait_for
 from films import COLOURS, RATE, RGB, clicks, write_film
+from processes import prints, start
 
 from melfusion_pipeline import film as film_module
 from melfusion_pipeline.film import (
@@ -426,31 +425,28 @@ def test_a_webm_is_scored_with_opus(tmp_path):
     assert find_onsets(read_sound(tmp_path / "scored.webm"), RATE)[0] == pytest.approx([1], abs=0.03)
 
 
-KILLED = """
-import sys
-import numpy as np, PIL.Image
-from melfusion_pipeline.film import write_slideshow
+def write_for_long(path):
+    def pictures():
+        for index in range(1000):
+            if index == 3:
+                print("writing")
+            yield PIL.Image.effect_noise((640, 360), 90)
 
-def pictures():
-    for index in range(1000):
-        if index == 3:
-            print("writing", flush=True)
-        yield PIL.Image.effect_noise((640, 360), 90)
-
-write_slideshow(sys.argv[1], pictures(), list(range(1000)), np.zeros(16000 * 1000, np.float32), 16000, (640, 360))
-"""
+    write_slideshow(path, pictures(), list(range(1000)), np.zeros(16000 * 1000, np.float32), 16000, (640, 360))
 
 
 def test_a_kill_while_writing_leaves_the_old_film_or_none(tmp_path):
     path = tmp_path / "show.mp4"
-    for before in (None, b"the film of yesterday"):
+    for printed, before in ((tmp_path / "first", None), (tmp_path / "second", b"the film of yesterday")):
         if before is not None:
             path.write_bytes(before)
-        with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE) as process:
-            assert process.stdout.readline() == b"writing\n"
-            partial = wait_for(lambda: [file for file in tmp_path.glob(".show.mp4-*/show.mp4") if file.stat().st_size])
-            os.kill(process.pid, signal.SIGKILL)
-        assert partial and (path.read_bytes() if path.exists() else None) == before
+        process = start(lambda: write_for_long(path), printed)
+        assert prints(process, printed, lines=1)
+        partial = wait_for(lambda: [file for file in tmp_path.glob(".show.mp4-*/show.mp4") if file.stat().st_size])
+        process.kill()
+        process.join()
+        assert partial and process.exitcode == -signal.SIGKILL
+        assert (path.read_bytes() if path.exists() else None) == before
 
 
 def test_without_the_extra_the_command_is_named(monkeypatch):

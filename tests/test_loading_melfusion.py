@@ -1,11 +1,14 @@
 """Every row of the table of loading ways: local folders and a loopback Hub, with and without the package installed."""
 
 import importlib.util
+import inspect
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -14,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 from bad_inputs import Trap
-from conftest import assert_near, generator, photograph
+from conftest import assert_near, generator, photograph, rounding_error
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, PNDMScheduler
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from peft import LoraConfig
+from processes import forget_the_package, start
 from safetensors.torch import load_file, save_file
 from transformers import ClapConfig, ClapModel
 from untrained import picture_unet, untrained_components
@@ -333,20 +337,14 @@ def test_a_repository_is_checked_as_a_folder_is(checkpoint, hub):
             MelFusionPipeline.from_pretrained(source)
 
 
-OUT_OF_MEMORY = """
-import resource, sys
-import torch
-from transformers import CLIPTextModel
-from melfusion_pipeline import MelFusionPipeline
-
-MelFusionPipeline.from_pretrained(sys.argv[1])  # what is imported late is there
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, used + 2**27))
-try:
-    MelFusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float64)
-except Exception as error:
-    print(type(error).__name__, "memory" in str(error), not isinstance(error, ValueError))
-"""
+def load_into_little_memory(folder: Path) -> None:
+    MelFusionPipeline.from_pretrained(folder)  # what is imported late is there
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, used + 2**27))
+    try:
+        MelFusionPipeline.from_pretrained(folder, torch_dtype=torch.float64)
+    except Exception as error:
+        print(type(error).__name__, "memory" in str(error), not isinstance(error, ValueError))
 
 
 def test_running_out_of_memory_is_not_called_a_damaged_file(pipe, tmp_path):
@@ -354,9 +352,9 @@ def test_running_out_of_memory_is_not_called_a_damaged_file(pipe, tmp_path):
     config.vocab_size = 10**6
     pipe.image_text_encoder = type(pipe.image_text_encoder)(config).half()
     pipe.save_pretrained(tmp_path / "large")
-    command = [sys.executable, "-c", OUT_OF_MEMORY, str(tmp_path / "large")]
-    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert result.stdout == "RuntimeError True True\n", result.stdout + result.stderr
+    printed, errors = tmp_path / "printed", tmp_path / "errors"
+    start(lambda: load_into_little_memory(tmp_path / "large"), printed, errors).join()
+    assert printed.read_text() == "RuntimeError True True\n", errors.read_text()
 
 
 # ------------------------------------------------------------ components of this package
@@ -402,7 +400,17 @@ def test_any_component_of_this_package_travels_with_its_code(pipe_with_toy, hub,
     hub.add_repo("tester/toy", checkpoint)
     np.save(tmp_path / "expected.npy", expected)
     photograph().save(tmp_path / "picture.png")
-    stranger(tmp_path, "tester/toy", "tester/again")
+
+    def load_and_save() -> None:
+        os.chdir(tmp_path)
+        forget_the_package()
+        stranger = {"assert_near": assert_near}
+        exec(STRANGER, stranger)
+        stranger["load_and_save"]("tester/toy", "tester/again")
+
+    process = start(load_and_save, tmp_path / "printed")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "printed").read_text()
     assert hub.files("tester/again")["vocoder/toy_melfusion.py"].decode() == TOY
     booby_trap(checkpoint)
     (checkpoint / "vocoder" / "toy_melfusion.py").write_text("raise RuntimeError('the code of the checkpoint ran')")
@@ -426,8 +434,6 @@ def test_components_round_trip_into_a_second_pipeline(pipe):
 # ------------------------------------------------------------ without the package installed
 
 STRANGER = """
-import sys
-sys.modules["melfusion_pipeline"] = None  # what is not installed cannot be imported
 import numpy as np, PIL.Image, torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
@@ -437,34 +443,60 @@ def play(pipe):
     generator = torch.Generator().manual_seed(0)
     return pipe(image, "a calm piano", num_inference_steps=2, num_inversion_steps=2, generator=generator).audios
 
-expected = np.load("expected.npy")
-source = sys.argv[1]
-pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
-np.testing.assert_allclose(play(pipe), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
-half = DiffusionPipeline.from_pretrained(source, trust_remote_code=True, variant="fp16", torch_dtype=torch.float16)
-assert half.synapse.dtype == torch.float16
-scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-assert DiffusionPipeline.from_pretrained(source, trust_remote_code=True, scheduler=scheduler).scheduler is scheduler
-pipe.save_pretrained("resaved")
-pipe = DiffusionPipeline.from_pretrained("resaved", trust_remote_code=True)
-np.testing.assert_allclose(play(pipe), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
-with torch.no_grad():
-    pipe.synapse.alphas.zero_()
-pipe.save_pretrained("resaved")
-pipe = DiffusionPipeline.from_pretrained("resaved", trust_remote_code=True)
-assert not pipe.synapse.alphas.any()
-if len(sys.argv) > 2:
-    pipe.push_to_hub(sys.argv[2])
-    assert not DiffusionPipeline.from_pretrained(sys.argv[2], trust_remote_code=True).synapse.alphas.any()
-print("loaded")
+def load_and_save(source, again=None):
+    expected = np.load("expected.npy")
+    pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
+    assert_near(play(pipe), expected)
+    half = DiffusionPipeline.from_pretrained(source, trust_remote_code=True, variant="fp16", torch_dtype=torch.float16)
+    assert half.synapse.dtype == torch.float16
+    euler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert DiffusionPipeline.from_pretrained(source, trust_remote_code=True, scheduler=euler).scheduler is euler
+    pipe.save_pretrained("resaved")
+    pipe = DiffusionPipeline.from_pretrained("resaved", trust_remote_code=True)
+    assert_near(play(pipe), expected)
+    with torch.no_grad():
+        pipe.synapse.alphas.zero_()
+    pipe.save_pretrained("resaved")
+    pipe = DiffusionPipeline.from_pretrained("resaved", trust_remote_code=True)
+    assert not pipe.synapse.alphas.any()
+    if again:
+        pipe.push_to_hub(again)
+        assert not DiffusionPipeline.from_pretrained(again, trust_remote_code=True).synapse.alphas.any()
+"""
+# Each source is loaded in a copy of the stranger's process, into which no checkpoint's code has come yet.
+STRANGERS_PROCESS = """
+import json, os, sys
+sys.modules["melfusion_pipeline"] = None  # what is not installed cannot be imported
+import huggingface_hub
+
+for line in sys.stdin:
+    offline, *arguments = json.loads(line)
+    child = os.fork()
+    if not child:
+        huggingface_hub.constants.HF_HUB_OFFLINE = offline
+        load_and_save(*arguments)
+        os._exit(0)
+    print("failed" if os.waitpid(child, 0)[1] else "loaded", flush=True)
 """
 
 
-def stranger(folder: Path, *arguments: str, **environment: str) -> None:
-    environment = {**os.environ, "HF_HOME": str(folder / "home"), "PYTHONPATH": "", **environment}
-    command = [sys.executable, "-c", STRANGER, *map(str, arguments)]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stdout.endswith("loaded\n"), result.stderr
+@contextmanager
+def a_stranger(folder: Path):
+    """Yields a function that loads and saves a checkpoint in a new process, in which the package is not installed."""
+    environment = {**os.environ, "HF_HOME": str(folder / "home"), "PYTHONPATH": ""}
+    near = f"{inspect.getsource(rounding_error)}\n{inspect.getsource(assert_near)}"
+    command = [sys.executable, "-c", f"{STRANGER}\n{near}\n{STRANGERS_PROCESS}"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with open(folder / "errors", "w") as errors:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stderr=errors, **pipes)
+
+    def load_and_save(*arguments, offline=False) -> None:
+        print(json.dumps([offline, *map(str, arguments)]), file=process.stdin, flush=True)
+        assert process.stdout.readline() == "loaded\n", (folder / "errors").read_text()
+
+    with process:
+        yield load_and_save
+        process.stdin.close()
 
 
 def test_a_stranger_who_trusts_the_code_needs_no_package(pipe, checkpoint, hub, tmp_path):
@@ -472,17 +504,18 @@ def test_a_stranger_who_trusts_the_code_needs_no_package(pipe, checkpoint, hub, 
     hub.add_repo("tester/melfusion", checkpoint)
     np.save(tmp_path / "expected.npy", play(pipe))
     photograph().save(tmp_path / "picture.png")
-    stranger(tmp_path, checkpoint)
-    stranger(tmp_path, "tester/melfusion", "tester/again")
-    assert CODE <= hub.files("tester/again").keys()
+    with a_stranger(tmp_path) as load_and_save:
+        load_and_save(checkpoint)
+        load_and_save("tester/melfusion", "tester/again")
+        assert CODE <= hub.files("tester/again").keys()
 
-    # Offline diffusers 0.42.1 asks the Hub for the commit of remote code all the same; the cached folder loads.
-    requests = len(hub.requests)
-    cached = huggingface_hub.hf_hub_download(
-        "tester/melfusion", "model_index.json", cache_dir=tmp_path / "home" / "hub", local_files_only=True
-    )
-    stranger(tmp_path, Path(cached).parent, HF_HUB_OFFLINE="1")
-    assert len(hub.requests) == requests
+        # Offline diffusers 0.42.1 asks the Hub for the commit of remote code all the same; the cached folder loads.
+        requests = len(hub.requests)
+        cached = huggingface_hub.hf_hub_download(
+            "tester/melfusion", "model_index.json", cache_dir=tmp_path / "home" / "hub", local_files_only=True
+        )
+        load_and_save(Path(cached).parent, offline=True)
+        assert len(hub.requests) == requests
 
 
 # ------------------------------------------------------------ composing

@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from extractor_checkpoints import save_ast, save_clap, save_clip
 from films import clicks, write_film
 from full_size import build_components
 from hub_standin import HubStandIn
+from processes import run_script
 from safetensors.torch import load_file
 from transformers import ClapFeatureExtractor, CLIPImageProcessor
 from untrained import (
@@ -95,7 +97,8 @@ def as_run(command: str) -> str:
     """The command as it is run here: all that differs from a reader's machine.
 
     `pip install` builds the metadata, but neither installs nor downloads (that its extras exist is tested below);
-    `make` prints what it would run, since CI runs the targets; our scripts are given flags that make them shorter.
+    `make` prints what it would run, since CI runs the targets; our scripts are given flags that make them shorter, and
+    `python script` runs in a copy of this process (`processes.py`), which has imported the libraries already.
     """
     if command.startswith("pip install "):
         quick = f"{sys.executable} -m pip install --dry-run --no-deps --no-index --no-build-isolation "
@@ -224,12 +227,16 @@ def run_python(block: Block, namespaces: dict[str, dict]) -> None:
     exec(compile(source, README.name, "exec"), namespaces.setdefault(block.section, {"__name__": "readme"}))
 
 
-def run_bash(block: Block) -> None:
+def run_bash(block: Block, folder: Path) -> None:
     for command in re.sub(r"\\\n\s*", "", block.text).splitlines():
         command = command.partition("  #")[0].strip()
         if not command or command.startswith("#"):
             continue
-        result = subprocess.run(["bash", "-c", as_run(command)], capture_output=True, text=True)
+        command = as_run(command)
+        if command.startswith("python "):
+            result = run_script(*shlex.split(command)[1:], folder=folder)
+        else:
+            result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
         assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
 
 
@@ -248,12 +255,12 @@ def check_bibtex(block: Block, workspace: Path) -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line {block.line}, {block.language}")
-def test_block_runs(block, workspace, namespaces):
+def test_block_runs(block, workspace, namespaces, tmp_path):
     assert block.language in LANGUAGES
     if block.language == "python":
         run_python(block, namespaces)
     elif block.language == "bash":
-        run_bash(block)
+        run_bash(block, tmp_path)
     elif block.language == "json":
         check_triplets(block, workspace)
     elif block.language == "bibtex":

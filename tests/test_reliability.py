@@ -4,9 +4,7 @@ import copy
 import os
 import pickle
 import random
-import select
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,6 +17,7 @@ import pytest
 import torch
 from conftest import assert_near, generator, photograph
 from full_disk import contents, on_a_full_disk
+from processes import prints, start
 
 from melfusion_pipeline import ImageFeatures, MelFusionPipeline
 from melfusion_pipeline.attention_melfusion import BlendKVAttnProcessor, RecordKVAttnProcessor
@@ -156,55 +155,41 @@ def test_the_lock_is_free_again_after_an_error(pipe):
 
 # ------------------------------------------------------------------------------------------------------- Ctrl-C
 
-INTERRUPTED = """
-import signal, sys
-import numpy as np
-from conftest import photograph
-from test_reliability import CALLS, own_processors, run
-from untrained import untrained_components
-from melfusion_pipeline import MelFusionPipeline
-from melfusion_pipeline.locks_melfusion import ComponentLocks
 
-pipe = MelFusionPipeline(**untrained_components())
-pipe.set_progress_bar_config(disable=True)
-expected = run(pipe, **CALLS[0])
-for attempt in range(int(sys.argv[1])):
-    try:
-        # Also where the shell started the tests in the background, with SIGINT ignored.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("calling", flush=True)
-        while True:
-            # More steps of the picture than of the music: the signal falls into either stage.
-            run(pipe, photograph(attempt), "strings", 7, num_inversion_steps=40, num_inference_steps=40)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        assert not own_processors(pipe)
-        assert np.array_equal(run(pipe, **CALLS[0]), expected)
-        print("usable", flush=True)
-"""
+def call_until_interrupted(pipe: MelFusionPipeline, attempts: int) -> None:
+    expected = run(pipe, **CALLS[0])
+    for attempt in range(attempts):
+        try:
+            # Also where the shell started the tests in the background, with SIGINT ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            print("calling")
+            while True:
+                # More steps of the picture than of the music: the signal falls into either stage.
+                run(pipe, photograph(attempt), "strings", 7, num_inversion_steps=40, num_inference_steps=40)
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            assert not own_processors(pipe)
+            assert np.array_equal(run(pipe, **CALLS[0]), expected)
+            print("usable")
 
 
-def test_ctrl_c_at_any_moment_leaves_a_usable_pipeline():
+def test_ctrl_c_at_any_moment_leaves_a_usable_pipeline(pipe, tmp_path):
     """A real SIGINT, several times, in the middle of calls in a process of their own."""
     chance, attempts = random.Random(0), 6
-    paths = os.pathsep.join(str(ROOT / name) for name in ("", "examples", "tests"))
-    command = [sys.executable, "-c", INTERRUPTED, str(attempts)]
-    environment = {**os.environ, "PYTHONPATH": paths}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as child:
-        try:
-            for _ in range(attempts):
-                assert child.stdout.readline() == "calling\n", child.stderr.read()
-                time.sleep(chance.uniform(0.05, 1.5))
-                child.send_signal(signal.SIGINT)
-                # Python drops an interrupt that falls into a destructor; a user would press the keys again.
-                while not select.select([child.stdout], [], [], 60)[0]:
-                    child.send_signal(signal.SIGINT)
-                assert child.stdout.readline() == "usable\n", child.stderr.read()
-            assert child.wait(timeout=60) == 0
-        finally:
-            child.kill()
+    printed = tmp_path / "printed"
+    child = start(lambda: call_until_interrupted(pipe, attempts), printed)
+    try:
+        for lines in range(1, 2 * attempts, 2):
+            assert prints(child, printed, lines), printed.read_text()
+            time.sleep(chance.uniform(0.05, 1.5))
+            os.kill(child.pid, signal.SIGINT)
+            # Python drops an interrupt that falls into a destructor; a user would press the keys again.
+            while not prints(child, printed, lines + 1, seconds=60):
+                os.kill(child.pid, signal.SIGINT)
+        child.join(timeout=60)
+        assert child.exitcode == 0 and printed.read_text() == "calling\nusable\n" * attempts, printed.read_text()
+    finally:
+        child.kill()
 
 
 @pytest.mark.parametrize("step", [0, 2, 3])

@@ -245,4 +245,4 @@ def test_accelerate_launch_with_two_processes_trains_as_one(workspace, tmp_path)
     assert_near(losses(tmp_path / "two"), whole, steps=100)
     one, two = (MelFusionPipeline.from_pretrained(tmp_path / name).synapse for name in ("one", "two"))
     for key, tensor in one.state_dict().items():
-        torch.testing.assert_close(two.state_dict()[key], tensor, atol=1e-5, rtol=1e-4)
+        assert_near(two.state_dict()[key], tensor)

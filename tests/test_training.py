@@ -230,7 +230,8 @@ def test_trajectories_are_the_latents_at_which_the_pipeline_records(training_pip
     layer = pipe.synapse.config.image_layers[0]
     objective = make_objective(pipe, tmp_path)
     recorded, _ = record(pipe, latents, timesteps)
-    torch.testing.assert_close(recorded[layer], features.keys[layer][:, 0], atol=1e-2, rtol=1e-2)
+    # The cache is float16.
+    assert_near(recorded[layer].half(), features.keys[layer][:, 0].half(), steps=10)
     assert objective.trajectories.missing(batch["image_paths"][:1]) == []
 
 
@@ -279,7 +280,8 @@ def test_a_clip_is_encoded_once_and_its_latents_are_those_of_the_front_end(train
         generators = make_objective(training_pipe).draw(batch["indices"], 0).generators
         cache = MusicLatentCache(tmp_path / "music", training_pipe.vae)
         latents = cache.encode(batch["waveforms"], generators)
-        torch.testing.assert_close(latents, expected, atol=2e-3, rtol=2e-3)
+        # The cache is float16.
+        assert_near(latents.half(), expected.half(), steps=2)
     assert len(encoded) == len(batch["waveforms"]) == len(list((tmp_path / "music").iterdir()))
 
     with torch.no_grad():
@@ -294,7 +296,7 @@ def test_the_objective_reads_the_clips_from_their_cache(training_pipe, batch, tm
     with fresh.attached():
         expected = fresh.per_sample_loss(batch, 3)
     with cached.attached():
-        torch.testing.assert_close(cached.per_sample_loss(batch, 3), expected, atol=1e-2, rtol=1e-2)
+        assert_near(cached.per_sample_loss(batch, 3).half(), expected.half(), steps=10)
     assert len(list((tmp_path / "music").iterdir())) == len(batch["waveforms"])
 
 
