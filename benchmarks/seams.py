@@ -103,7 +103,7 @@ def make_pieces(arguments: argparse.Namespace, cells: list[tuple[str, float]]) -
     pipe = MelFusionPipeline.from_pretrained(arguments.checkpoint)
     pipe.set_progress_bar_config(disable=True)
     rows = [json.loads(line) for line in (arguments.data / "test.jsonl").read_text().splitlines()]
-    pictures = {row["picture"]: row["image"] for row in rows}
+    pictures = {row["picture"]: row["image"] for row in sorted(rows, key=lambda row: row["image"])}
     chosen = np.random.default_rng(0).permutation(sorted(pictures.values()))[: arguments.pieces].tolist()
     settings = {"weights": digest_components(pipe.components), "seconds": SECONDS, "prompts": PROMPTS}
     for cell in cells:
