@@ -133,7 +133,8 @@ def score(path: Path, output: Path) -> None:
     answer = run(*command, "--preview")
     shares = re.search(r"the best of (.*);", answer)
     if shares:
-        print(f"one variation: {np.mean([int(share) for share in re.findall(r'(\d+)%', shares[1])]):.0f}%\n")
+        each = [int(share) for share in re.findall(r"(\d+)%", shares[1])]
+        print(f"one variation, on average: {np.mean(each):.0f}%\n")
 
 
 def render(path: Path, pictures: list[Path], generator: np.random.Generator) -> None:
