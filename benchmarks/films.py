@@ -84,7 +84,7 @@ def choose_pictures(folder: Path, count: int) -> list[Path]:
 def slides(arguments: argparse.Namespace) -> None:
     output = arguments.output / "slides.mp4"
     pictures = choose_pictures(arguments.pictures, 60)
-    run(EXAMPLES / "slideshow.py", *pictures, "--seconds", "6", "--output", output, "--preview")
+    run(EXAMPLES / "slideshow.py", *pictures, "--seconds", "4", "--output", output, "--preview")
     film = read_film(output)
     onsets, _ = find_onsets(*read_sound(output))
     table = json.loads(output.with_suffix(".json").read_text())
@@ -138,13 +138,13 @@ def score(path: Path, output: Path) -> None:
 
 
 def render(path: Path, pictures: list[Path], generator: np.random.Generator) -> None:
-    """Renders a film of slow pans over pictures, with a hard cut after every 2 to 6 seconds."""
+    """Renders a film of slow pans over pictures, with a hard cut after every 2 to 4 seconds."""
     with atomic_write(path) as temporary, av.open(str(temporary), "w") as container:
         stream = container.add_stream("libx264", rate=FRAME_RATE)
         stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
         for name in pictures:
             picture = PIL.Image.open(name).convert("RGB").resize((960, 960))
-            (left, top), count = generator.uniform(0, (320, 600)), int(generator.integers(50, 151))
+            (left, top), count = generator.uniform(0, (320, 600)), int(generator.integers(50, 101))
             step = generator.uniform(-1, 1, 2)
             for index in range(count):
                 corner = np.clip((left, top) + index * step, 0, (320, 600))
