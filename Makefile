@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 # On Linux a bare `torch` is the CUDA build, gigabytes of it; `make demo TORCH=torch` takes that one.
 TORCH ?= torch==2.13.0
 MARKS ?= not slow and not browser
-# Tests of one file share what is expensive to build: a file stays with one of the processes.
+# Tests of one file share what is expensive to build: a file stays with one of the processes, and tests/conftest.py
+# says in which order the files begin.
 WORKERS ?= 2
 MODULES := $(subst /,.,$(basename $(wildcard melfusion_pipeline/[a-z]*.py)))
 
@@ -15,7 +16,7 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/test.installed lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=20 -m "$(MARKS)"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=20 -m "$(MARKS)"
 
 test-browser: $(VENV)/test.installed
 	$(BIN)/python -m pytest -m browser
