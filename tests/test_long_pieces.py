@@ -145,7 +145,8 @@ def test_a_long_piece_is_the_textbooks(components, case):
         output_type="latent",
     ).audios
     expected = textbook(pipe, noise, prompt, negative[0], features, frames, 3, (2.5, 1.7))
-    assert_near(found, expected)
+    # The scheduler's noise levels are float32.
+    assert_near(found.float(), expected.float(), steps=10)
 
 
 @pytest.mark.parametrize("guidance", GUIDANCE)
