@@ -8,6 +8,7 @@
 | `melfusion_pipeline.pictures_melfusion` | whatever a user calls a picture, prepared for the image VAE |
 | `melfusion_pipeline.features_melfusion` | `ImageFeatures`: what a picture contributes to the music |
 | `melfusion_pipeline.inversion_melfusion` | DDIM inversion of a picture, recording its features |
+| `melfusion_pipeline.encoding_melfusion` | the pipeline's methods on the picture's side |
 | `melfusion_pipeline.windows_melfusion` | the time axis: windows over a long piece, and which picture each sees |
 | `melfusion_pipeline.decoding_melfusion` | from latents to a waveform, window by window |
 | `melfusion_pipeline.prompts_melfusion` | how a prompt becomes arguments of the music UNet |

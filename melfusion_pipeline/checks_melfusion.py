@@ -457,7 +457,15 @@ def _check_text(name: str, text: Any) -> None:
 
 
 def check_float_tensor(name: str, value: Any) -> None:
-    """Refuses with a `TypeError` what is no tensor of floating-point numbers; `name` is the argument's."""
+    """Refuses what is no tensor of floating-point numbers, of whatever shape.
+
+    Args:
+        name: The argument's name, for the message.
+        value: What was given.
+
+    Raises:
+        TypeError: If it is no such tensor.
+    """
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         found = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
         raise TypeError(f"`{name}` must be a torch tensor of floating-point numbers, got {found}.")

@@ -1,11 +1,11 @@
-"""From latents to a waveform in windows: a long piece is decoded in no more memory than a short one."""
+"""From latents to a waveform, window by window, and how seconds become frames on the way."""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 
 from .windows_melfusion import Windows
 
@@ -13,78 +13,138 @@ from .windows_melfusion import Windows
 DECODER_FADE = 8
 
 
-def decode_latents(
-    vae: AutoencoderKL, latents: torch.Tensor, length: int, factor: int, progress_bar: Callable[..., Any]
-) -> torch.Tensor:
-    """Decodes latents to log-mel, in windows where they are longer than one.
+class DecodingMixin:
+    """The methods of `MelFusionPipeline` that turn latents into a waveform; to be named before `DiffusionPipeline`."""
 
-    What lies closer to a window's end than the decoder's convolutions look is discarded; there the next window takes
-    over, within a short fade: group normalisation (and attention, where the decoder has it) looks at the whole window,
-    so that two windows differ a little even there.
+    @property
+    def sampling_rate(self) -> int:
+        """The rate of the waveforms, in Hz."""
+        return self.vocoder.config.sampling_rate
+
+    @property
+    def default_audio_length_in_s(self) -> float:
+        """The length of the music for which the music UNet was made, in seconds."""
+        return own_size(self.unet, "unet", "audio_length_in_s") * self.vae_scale_factor * self._seconds_per_frame
+
+    @property
+    def _seconds_per_frame(self) -> float:
+        return math.prod(self.vocoder.config.upsample_rates) / self.sampling_rate
+
+    def _num_frames(self, audio_length_in_s: float) -> int:
+        # The rounding keeps 10.24 / 0.01 = 1024.0000000000001 from asking for one frame more.
+        return math.ceil(round(audio_length_in_s / self._seconds_per_frame, 6))
+
+    def _latent_shape(self, audio_length_in_s: float) -> tuple[int, int, int]:
+        time = math.ceil(self._num_frames(audio_length_in_s) / self.vae_scale_factor)
+        frequency = self.vocoder.config.model_in_dim // self.vae_scale_factor
+        return self.unet.config.in_channels, time, frequency
+
+    def _own_frames(self, num_frames: int) -> int:
+        """The latent frames for which the music UNet was made; where it does not tell them, `num_frames`."""
+        if self.unet is None or self.unet.config.sample_size is None:
+            return num_frames
+        return own_size(self.unet, "unet", "window_length_in_s")
+
+    def _window_frames(self, num_frames: int, window_length_in_s: float | None) -> int:
+        if window_length_in_s is None:
+            return self._own_frames(num_frames)
+        return self._latent_shape(window_length_in_s)[1]
+
+    def _decoded_frames(self, num_frames: int, window_length_in_s: float | None) -> int:
+        return max(self._own_frames(num_frames), self._window_frames(num_frames, window_length_in_s))
+
+    def decode_latents(self, latents: torch.Tensor, window_length_in_s: float | None = None) -> torch.Tensor:
+        """Decodes music latents to log-mel.
+
+        Latents longer than a window are decoded window by window on a fixed grid, so that the memory does not grow
+        with their length. What lies closer to a window's end than the decoder's convolutions look is discarded; there
+        the next window takes over, within a short fade: group normalisation (and attention, where the decoder has it)
+        looks at the whole window, so that two windows differ a little even there.
+
+        Args:
+            latents: `[batch, channels, time, frequency]`.
+            window_length_in_s: The length of a window; at least the music UNet's own, which is the default.
+
+        Returns:
+            `[batch, 1, frames, bands]`.
+        """
+        num_frames, margin = latents.shape[-2], decoder_margin(self.vae)
+        overlap = 2 * margin + DECODER_FADE
+        length = max(self._decoded_frames(num_frames, window_length_in_s), overlap + 2 * margin)
+        latents = 1 / self.vae.config.scaling_factor * latents.to(self._execution_device)
+        return self._run_in_windows(
+            lambda window: self.vae.decode(window.to(self.vae.dtype)).sample,
+            latents,
+            Windows.lay_out(num_frames, length, overlap, margin),
+            self.vae_scale_factor,
+        )
+
+    def mel_spectrogram_to_waveform(
+        self,
+        mel_spectrogram: torch.Tensor,
+        audio_length_in_s: float | None = None,
+        window_length_in_s: float | None = None,
+    ) -> torch.Tensor:
+        """Turns log-mel spectrograms into waveforms and cuts what the vocoder adds beyond their end.
+
+        Spectrograms longer than a window go through the vocoder window by window, overlapping by what it looks at: the
+        waveform does not depend on where it was cut.
+
+        Args:
+            mel_spectrogram: `[batch, 1, frames, bands]` or `[batch, frames, bands]`.
+            audio_length_in_s: The length of the waveforms in seconds. None is that of the spectrogram.
+            window_length_in_s: As in `decode_latents`.
+
+        Returns:
+            `[batch, samples]`, float32, on the CPU.
+        """
+        if mel_spectrogram.ndim == 4:
+            mel_spectrogram = mel_spectrogram.squeeze(1)
+        num_frames = mel_spectrogram.shape[1]
+        if audio_length_in_s is None:
+            audio_length_in_s = num_frames * self._seconds_per_frame
+        num_latents = math.ceil(num_frames / self.vae_scale_factor)
+        length = self._decoded_frames(num_latents, window_length_in_s) * self.vae_scale_factor
+        device, dtype, margin = self._execution_device, self.vocoder.dtype, 0
+        if num_frames > length:
+            margin = vocoder_margin(self.vocoder, device)
+            length = max(length, 4 * margin)
+        waveform = self._run_in_windows(
+            lambda window: self.vocoder(window.to(device=device, dtype=dtype)).float().cpu()[..., None],
+            mel_spectrogram,
+            Windows.lay_out(num_frames, length, 2 * margin + 1, margin),
+            math.prod(self.vocoder.config.upsample_rates),
+        )
+        return waveform[:, : round(audio_length_in_s * self.sampling_rate), 0]
+
+    def _run_in_windows(
+        self, function: Callable[[torch.Tensor], torch.Tensor], signal: torch.Tensor, windows: Windows, factor: int
+    ) -> torch.Tensor:
+        """Runs a decoder on one window after the other, with a progress bar; on a single one without."""
+        if len(windows) == 1:
+            return function(signal)
+        with self.progress_bar(total=len(windows)) as progress_bar:
+            return windows.apply(function, signal, factor, progress_bar.update)
+
+
+def own_size(unet: ModelMixin, name: str, argument: str) -> int:
+    """Gives the height of the latents for which a UNet was made; of music, that is their time.
 
     Args:
-        vae: The music autoencoder.
-        latents: `[batch, channels, time, frequency]`, on its device.
-        length: The latent frames of a window; it is longer if the margins need it.
-        factor: The spectrogram's frames for each latent frame.
-        progress_bar: A callable like `DiffusionPipeline.progress_bar`.
+        unet: The UNet.
+        name: Its name in the pipeline, for the message.
+        argument: The argument whose default is asked for, for the message.
 
     Returns:
-        `[batch, 1, frames, bands]`.
+        The height.
+
+    Raises:
+        ValueError: If the UNet's config does not tell it.
     """
-    margin = decoder_margin(vae)
-    overlap = 2 * margin + DECODER_FADE
-    windows = Windows.lay_out(latents.shape[-2], max(length, overlap + 2 * margin), overlap, margin)
-    latents = 1 / vae.config.scaling_factor * latents
-    return _run(lambda window: vae.decode(window.to(vae.dtype)).sample, latents, windows, factor, progress_bar)
-
-
-def decode_mel_spectrogram(
-    vocoder: torch.nn.Module,
-    mel_spectrogram: torch.Tensor,
-    length: int,
-    device: torch.device,
-    progress_bar: Callable[..., Any],
-) -> torch.Tensor:
-    """Turns log-mel into a waveform, in windows where it is longer than one, overlapping by what the vocoder looks at.
-
-    Args:
-        vocoder: `[batch, frames, bands]` to `[batch, samples]`.
-        mel_spectrogram: `[batch, frames, bands]`.
-        length: The frames of a window; it is longer if the margins need it.
-        device: Where the vocoder computes.
-        progress_bar: A callable like `DiffusionPipeline.progress_bar`.
-
-    Returns:
-        `[batch, samples]`, float32, on the CPU.
-    """
-    num_frames, dtype, margin = mel_spectrogram.shape[1], vocoder.dtype, 0
-    if num_frames > length:
-        margin = vocoder_margin(vocoder, device)
-        length = max(length, 4 * margin)
-    windows = Windows.lay_out(num_frames, length, 2 * margin + 1, margin)
-    hop = math.prod(vocoder.config.upsample_rates)
-    return _run(
-        lambda window: vocoder(window.to(device=device, dtype=dtype)).float().cpu()[..., None],
-        mel_spectrogram,
-        windows,
-        hop,
-        progress_bar,
-    )[..., 0]
-
-
-def _run(
-    function: Callable[[torch.Tensor], torch.Tensor],
-    signal: torch.Tensor,
-    windows: Windows,
-    factor: int,
-    progress_bar: Callable[..., Any],
-) -> torch.Tensor:
-    """Runs a decoder on one window after the other, with a progress bar; on a single one without."""
-    if len(windows) == 1:
-        return function(signal)
-    with progress_bar(total=len(windows)) as bar:
-        return windows.apply(function, signal, factor, bar.update)
+    sample_size = unet.config.sample_size
+    if sample_size is None:
+        raise ValueError(f"`{argument}` must be given: `{name}.config.sample_size` is None, so there is no default.")
+    return sample_size if isinstance(sample_size, int) else sample_size[0]
 
 
 def decoder_margin(vae: Any) -> int:

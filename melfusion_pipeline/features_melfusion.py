@@ -111,7 +111,14 @@ class ImageFeatures:
 
     @classmethod
     def join(cls, parts: list["ImageFeatures"]) -> "ImageFeatures":
-        """Makes one of the features of several pictures, recorded by the same UNet at the same timesteps."""
+        """Makes one of the features of several pictures.
+
+        Args:
+            parts: One at least, recorded in the same layers at the same timesteps.
+
+        Returns:
+            The features of all pictures, in the order of `parts`.
+        """
         if len(parts) == 1:
             return parts[0]
         keys = {layer: torch.cat([part.keys[layer] for part in parts], dim=1) for layer in parts[0].keys}

@@ -48,11 +48,11 @@ class Guidance:
         """Lays out the prompts of all branches.
 
         Args:
-            prompts: The UNet's arguments by name, rows of the last branch.
-            negative_prompts: Those of the other branches; not needed if there are none.
+            prompts: The UNet's arguments by name for the last branch, each `[rows, ...]`.
+            negative_prompts: Those for the other branches; not needed if there are none.
 
         Returns:
-            The arguments with rows laid out as (branch, row).
+            The arguments for all branches, each `[branches * rows, ...]`.
         """
         return {
             name: torch.cat([negative_prompts[name] for _ in range(self.num_branches - 1)] + [rows])
@@ -60,7 +60,7 @@ class Guidance:
         }
 
     def last(self, prompts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Gives the rows of the last branch, from which `join` lays out all."""
+        """Gives the arguments of the last branch, `[rows, ...]`, of `prompts` as `join` lays them out."""
         return {name: rows.chunk(self.num_branches)[-1] for name, rows in prompts.items()}
 
     def combine(self, noise_pred: torch.Tensor) -> torch.Tensor:

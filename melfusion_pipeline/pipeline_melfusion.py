@@ -1,13 +1,10 @@
 """MeLFusion (arXiv 2406.04673): a picture and a sentence become music."""
 
 import inspect
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from diffusers import (
     AudioPipelineOutput,
@@ -18,7 +15,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import (
     ClapTextModelWithProjection,
@@ -30,27 +26,24 @@ from transformers import (
 
 from .attention_melfusion import KVBlenders, use_attn_processors
 from .checkpoint_melfusion import CheckpointMixin
-from .checks_melfusion import check_branches, check_call, check_finite, check_image_inputs, warn_if_trained_otherwise
-from .decoding_melfusion import decode_latents, decode_mel_spectrogram
+from .checks_melfusion import check_branches, check_call, check_finite, warn_if_trained_otherwise
+from .decoding_melfusion import DecodingMixin
 from .denoising_melfusion import NoisePredictor
+from .encoding_melfusion import EncodingMixin
 from .features_melfusion import ImageFeatures
 from .files_melfusion import atomic_write  # noqa: F401 - remote code gets only the files that are named here
 from .guidance_melfusion import Guidance, branch_alphas
-from .inversion_melfusion import record_image_features
+from .inversion_melfusion import record_image_features  # noqa: F401 - likewise
 from .locks_melfusion import ComponentLocks, one_at_a_time
-from .pictures_melfusion import Image, as_pil_images, prepare_image
-from .prompts_melfusion import ClapPrompts, repeat_prompts, tokenize
+from .pictures_melfusion import Image, as_pil_images
+from .prompts_melfusion import ClapPrompts, repeat_prompts
 from .windows_melfusion import Windows
 
-logger = logging.get_logger(__name__)
-
-# Pictures that go through the image UNet in one batch.
-IMAGES_AT_ONCE = 8
 # Rows of the music UNet's batch that windows fill by default: a processor gains nothing from more.
 ROWS_ON_CPU, ROWS_ON_ACCELERATOR = 8, 32
 
 
-class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
+class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, DiffusionPipeline):
     """Generates music from a picture, a text prompt or both.
 
     The picture is DDIM-inverted through a frozen text-to-image UNet; the keys and values of its decoder self-attention
@@ -148,31 +141,9 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
     check_inputs = check_call
 
     @property
-    def sampling_rate(self) -> int:
-        """The rate of the waveforms, in Hz."""
-        return self.vocoder.config.sampling_rate
-
-    @property
-    def default_audio_length_in_s(self) -> float:
-        """The length of the music for which the music UNet was made, in seconds."""
-        return _own_size(self.unet, "unet", "audio_length_in_s") * self.vae_scale_factor * self._seconds_per_frame
-
-    @property
     def prompts(self) -> ClapPrompts:
         """How a prompt becomes arguments of this music UNet."""
         return ClapPrompts(self)
-
-    @property
-    def default_num_inversion_steps(self) -> int:
-        """The inversion steps of a call that names none: the checkpoint's, else those of the synapse's training."""
-        trained = self.synapse.config.num_inversion_steps if self.synapse else None
-        return self.config.default_num_inversion_steps or trained or 10
-
-    @property
-    def default_image_size(self) -> int:
-        """The side of the picture in pixels: that of the synapse's training, else the one of the image UNet."""
-        trained = self.synapse.config.image_size if self.synapse else None
-        return trained or _own_size(self.image_unet, "image_unet", "image_size") * self.image_vae_scale_factor
 
     @property
     def guidance_scale(self) -> float:
@@ -240,108 +211,6 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         # By these names, which diffusers' tests of pipelines read here.
         return prompt_embeds, negative_prompt_embeds
 
-    @torch.no_grad()
-    @one_at_a_time
-    def encode_image(
-        self,
-        image: Image,
-        image_prompt: str | list[str] = "",
-        image_size: int | None = None,
-        num_inversion_steps: int | None = None,
-        feature_source: str = "inversion",
-    ) -> ImageFeatures:
-        """Inverts pictures and records their keys and values; what it returns serves any number of calls.
-
-        Args:
-            image: As in `__call__`.
-            image_prompt: The text for the picture's UNet; the empty text inverts best.
-            image_size: The side in pixels to which pictures are prepared. None is `default_image_size`.
-            num_inversion_steps: The number of recorded timesteps. None is `default_num_inversion_steps`.
-            feature_source: `"inversion"` or `"reconstruction"` (the paper to the letter, twice the cost).
-
-        Returns:
-            The features, in the dtype of `image_unet`, on its device.
-
-        Raises:
-            TypeError, ValueError: As `__call__`.
-        """
-        images = as_pil_images(image)
-        if num_inversion_steps is None:
-            num_inversion_steps = self.default_num_inversion_steps
-        check_image_inputs(self, len(images), image_prompt, image_size, num_inversion_steps, feature_source)
-        return self._encode_images(images, image_prompt, image_size, num_inversion_steps, feature_source)
-
-    def _encode_images(
-        self,
-        images: list[PIL.Image.Image],
-        image_prompt: str | list[str],
-        image_size: int | None,
-        num_inversion_steps: int,
-        feature_source: str,
-    ) -> ImageFeatures:
-        prompt_embeds = self.encode_image_prompt(image_prompt, len(images))
-        parts = [
-            record_image_features(
-                self.image_unet,
-                self.image_scheduler,
-                self._encode_pixels(images[first : first + IMAGES_AT_ONCE], image_size),
-                prompt_embeds[first : first + IMAGES_AT_ONCE],
-                self.synapse.config.image_layers,
-                num_inversion_steps,
-                feature_source,
-                self.progress_bar,
-            )
-            for first in range(0, len(images), IMAGES_AT_ONCE)
-        ]
-        features = ImageFeatures.join(parts)
-        check_finite("the inversion of the picture", *features.keys.values(), *features.values.values())
-        return replace(features, image_size=image_size or self.default_image_size)
-
-    def prepare_image_latents(self, image: Image, image_size: int | None = None) -> torch.Tensor:
-        """Prepares pictures and encodes them: the mode of the VAE's posterior, so that no generator is consumed.
-
-        Args:
-            image: As in `__call__`.
-            image_size: The side in pixels. None is `default_image_size`.
-
-        Returns:
-            `z_0^I`, `[pictures, 4, image_size / 8, image_size / 8]` for Stable Diffusion, float32.
-        """
-        return self._encode_pixels(as_pil_images(image), image_size)
-
-    def _encode_pixels(self, images: list[PIL.Image.Image], image_size: int | None) -> torch.Tensor:
-        image_size = image_size or self.default_image_size
-        pixel_values = torch.stack([prepare_image(image, image_size) for image in images])
-        pixel_values = pixel_values.to(device=self._execution_device, dtype=self.image_vae.dtype)
-        latents = self.image_vae.encode(pixel_values).latent_dist.mode()
-        return latents.float() * self.image_vae.config.scaling_factor
-
-    @torch.no_grad()
-    @one_at_a_time
-    def encode_image_prompt(self, image_prompt: str | list[str] = "", num_images: int = 1) -> torch.Tensor:
-        """Encodes the text for the picture's UNet.
-
-        Args:
-            image_prompt: One text for all pictures, or one a picture.
-            num_images: The number of pictures.
-
-        Returns:
-            `[num_images, tokens, channels]` in the dtype of `image_unet`.
-        """
-        device, dtype = self._execution_device, self.image_unet.dtype
-        if self.image_text_encoder is None or self.image_tokenizer is None:
-            logger.warning(
-                "Without `image_text_encoder` and `image_tokenizer` the picture's UNet is conditioned on zeros; the"
-                " features differ from those of the empty prompt."
-            )
-            return torch.zeros(num_images, 1, self.image_unet.config.cross_attention_dim, device=device, dtype=dtype)
-        prompts = [image_prompt] if isinstance(image_prompt, str) else image_prompt
-        inputs = tokenize(self.image_tokenizer, prompts, self.image_tokenizer.model_max_length, device)
-        use_mask = getattr(self.image_text_encoder.config, "use_attention_mask", False)
-        mask = inputs.attention_mask if use_mask else None
-        embeds = self.image_text_encoder(inputs.input_ids, attention_mask=mask)[0].to(dtype)
-        return embeds.expand(num_images, -1, -1)
-
     def prepare_latents(
         self,
         batch_size: int,
@@ -369,33 +238,6 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
 
-    @property
-    def _seconds_per_frame(self) -> float:
-        return math.prod(self.vocoder.config.upsample_rates) / self.sampling_rate
-
-    def _num_frames(self, audio_length_in_s: float) -> int:
-        # The rounding keeps 10.24 / 0.01 = 1024.0000000000001 from asking for one frame more.
-        return math.ceil(round(audio_length_in_s / self._seconds_per_frame, 6))
-
-    def _latent_shape(self, audio_length_in_s: float) -> tuple[int, int, int]:
-        time = math.ceil(self._num_frames(audio_length_in_s) / self.vae_scale_factor)
-        frequency = self.vocoder.config.model_in_dim // self.vae_scale_factor
-        return self.unet.config.in_channels, time, frequency
-
-    def _own_frames(self, num_frames: int) -> int:
-        """The latent frames for which the music UNet was made; where it does not tell them, `num_frames`."""
-        if self.unet is None or self.unet.config.sample_size is None:
-            return num_frames
-        return _own_size(self.unet, "unet", "window_length_in_s")
-
-    def _window_frames(self, num_frames: int, window_length_in_s: float | None) -> int:
-        if window_length_in_s is None:
-            return self._own_frames(num_frames)
-        return self._latent_shape(window_length_in_s)[1]
-
-    def _decoded_frames(self, num_frames: int, window_length_in_s: float | None) -> int:
-        return max(self._own_frames(num_frames), self._window_frames(num_frames, window_length_in_s))
-
     def _lay_out_windows(
         self,
         num_frames: int,
@@ -409,71 +251,6 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
             # The rounding keeps 5.12 / 0.04 = 128.00000000000003 from giving a window a trace of another picture.
             image_start_in_s = tuple(round(float(start) / frame_length, 6) for start in image_start_in_s)
         return Windows.lay_out(num_frames, length, round(window_overlap * length), image_starts=image_start_in_s)
-
-    def decode_latents(self, latents: torch.Tensor, window_length_in_s: float | None = None) -> torch.Tensor:
-        """Decodes music latents to log-mel.
-
-        Latents longer than a window are decoded window by window on a fixed grid, so that the memory does not grow
-        with their length; windows pass into each other within a short fade, in which they differ a little.
-
-        Args:
-            latents: `[batch, channels, time, frequency]`.
-            window_length_in_s: The length of a window; at least the music UNet's own, which is the default.
-
-        Returns:
-            `[batch, 1, frames, bands]`.
-        """
-        length = self._decoded_frames(latents.shape[-2], window_length_in_s)
-        latents = latents.to(self._execution_device)
-        return decode_latents(self.vae, latents, length, self.vae_scale_factor, self.progress_bar)
-
-    def mel_spectrogram_to_waveform(
-        self,
-        mel_spectrogram: torch.Tensor,
-        audio_length_in_s: float | None = None,
-        window_length_in_s: float | None = None,
-    ) -> torch.Tensor:
-        """Turns log-mel spectrograms into waveforms and cuts what the vocoder adds beyond their end.
-
-        Spectrograms longer than a window go through the vocoder window by window, overlapping by what it looks at: the
-        waveform does not depend on where it was cut.
-
-        Args:
-            mel_spectrogram: `[batch, 1, frames, bands]` or `[batch, frames, bands]`.
-            audio_length_in_s: The length of the waveforms in seconds. None is that of the spectrogram.
-            window_length_in_s: As in `decode_latents`.
-
-        Returns:
-            `[batch, samples]`, float32, on the CPU.
-        """
-        if mel_spectrogram.ndim == 4:
-            mel_spectrogram = mel_spectrogram.squeeze(1)
-        num_frames = mel_spectrogram.shape[1]
-        if audio_length_in_s is None:
-            audio_length_in_s = num_frames * self._seconds_per_frame
-        num_latents = math.ceil(num_frames / self.vae_scale_factor)
-        length = self._decoded_frames(num_latents, window_length_in_s) * self.vae_scale_factor
-        waveform = decode_mel_spectrogram(
-            self.vocoder, mel_spectrogram, length, self._execution_device, self.progress_bar
-        )
-        return waveform[:, : round(audio_length_in_s * self.sampling_rate)]
-
-    def fit_image_features(
-        self, image_features: ImageFeatures, latents: torch.Tensor, synapse_scale: float | list[float] = 1.0
-    ) -> tuple[ImageFeatures, torch.Tensor]:
-        """Fits recorded features to the music UNet, once for all denoising steps (visual synapse, method section 2).
-
-        Args:
-            image_features: As recorded.
-            latents: The music latents `[batch, channels, time, frequency]`, for their size.
-            synapse_scale: Multiplies every alpha, or one number for each layer.
-
-        Returns:
-            The features by layer of the music UNet, and the scaled alphas `[layers]`.
-        """
-        num_tokens = self.synapse.num_tokens(*latents.shape[-2:])
-        keys, values, alphas = self.synapse(image_features.keys, image_features.values, num_tokens, synapse_scale)
-        return replace(image_features, keys=keys, values=values), alphas
 
     def _encode_prompts(
         self,
@@ -762,11 +539,3 @@ class MelFusionPipeline(CheckpointMixin, DiffusionPipeline):
         if not return_dict:
             return (audio,)
         return AudioPipelineOutput(audios=audio)
-
-
-def _own_size(unet: ModelMixin, name: str, argument: str) -> int:
-    """The height of the latents for which a UNet was made."""
-    sample_size = unet.config.sample_size
-    if sample_size is None:
-        raise ValueError(f"`{argument}` must be given: `{name}.config.sample_size` is None, so there is no default.")
-    return sample_size if isinstance(sample_size, int) else sample_size[0]

@@ -120,11 +120,11 @@ class ClapPrompts:
         return F.normalize(embeds, dim=-1)
 
     def to_unet(self, prompt_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Gives the UNet's arguments by name, each with one row a prompt."""
+        """Gives the UNet's arguments by name of `prompt_embeds`, `[prompts, channels]`; each has a row a prompt."""
         return {"class_labels": prompt_embeds}
 
     def from_unet(self, arguments: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Gives the embeddings of which `to_unet` made `arguments`."""
+        """Gives the embeddings, `[prompts, channels]`, of which `to_unet` made `arguments`."""
         return arguments["class_labels"]
 
     def see(self, arguments: dict[str, torch.Tensor], windows: Windows, group: range) -> dict[str, torch.Tensor]:
@@ -153,12 +153,12 @@ def repeat_prompts(
     """Gives each waveform a row of its own.
 
     Args:
-        arguments: The UNet's arguments of one guidance branch, one row a prompt, or one row for all.
+        arguments: The UNet's arguments by name for one guidance branch, each `[prompts or 1, ...]`.
         num_texts: The number of prompts, or of the pictures that one prompt meets.
         num_waveforms_per_prompt: The number of waveforms for each.
 
     Returns:
-        The arguments with rows laid out as (prompt, waveform).
+        The arguments, each `[num_texts * num_waveforms_per_prompt, ...]`.
     """
     return {
         name: rows.expand(num_texts, *rows.shape[1:]).repeat_interleave(num_waveforms_per_prompt, dim=0)
@@ -177,14 +177,14 @@ def prompts_of_windows(
 
     Args:
         family: That of the music model.
-        arguments: Rows laid out as (guidance branch, prompt, waveform).
+        arguments: The UNet's arguments by name, each `[guidance branches * prompts * waveforms, ...]`.
         layout: The numbers of these three; one of them may be -1.
         windows: The windows.
         group: Which of them go through the UNet.
 
     Returns:
-        Rows laid out as (guidance branch, prompt, window, waveform), of a storyboard (guidance branch, window,
-        waveform).
+        The arguments, each `[guidance branches * prompts * windows * waveforms, ...]`; of a storyboard with a prompt a
+        picture `[guidance branches * windows * waveforms, ...]`.
     """
     laid_out = {name: rows.unflatten(0, layout) for name, rows in arguments.items()}
     num_prompts = next(iter(laid_out.values())).shape[1]

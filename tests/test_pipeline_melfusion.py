@@ -340,8 +340,9 @@ def test_encode_prompt_alone_gives_what_a_call_takes(pipe, image):
 
 def test_encode_prompt_returns_plain_names_and_gradients_are_off_where_calls_begin():
     """diffusers' battery of behaviours reads the names that `encode_prompt` returns from its source."""
-    tree = ast.parse(inspect.getsource(inspect.getmodule(MelFusionPipeline)))
-    methods = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    own = [parent for parent in MelFusionPipeline.__mro__ if parent.__module__.startswith("melfusion_pipeline.")]
+    nodes = [node for parent in own for node in ast.walk(ast.parse(inspect.getsource(parent)))]
+    methods = {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
     returned = [node.value for node in ast.walk(methods["encode_prompt"]) if isinstance(node, ast.Return)]
     assert [ast.unparse(value) for value in returned] == ["(prompt_embeds, negative_prompt_embeds)"]
     decorators = {name: [ast.unparse(single) for single in node.decorator_list] for name, node in methods.items()}

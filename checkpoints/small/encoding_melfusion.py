@@ -1,0 +1,1 @@
+../../melfusion_pipeline/encoding_melfusion.py

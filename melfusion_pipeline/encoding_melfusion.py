@@ -1,0 +1,155 @@
+"""From a picture to its features: what runs on the picture's side, once for any number of calls."""
+
+from dataclasses import replace
+
+import PIL.Image
+import torch
+from diffusers.utils import logging
+
+from .checks_melfusion import check_finite, check_image_inputs
+from .decoding_melfusion import own_size
+from .features_melfusion import ImageFeatures
+from .inversion_melfusion import record_image_features
+from .locks_melfusion import one_at_a_time
+from .pictures_melfusion import Image, as_pil_images, prepare_image
+from .prompts_melfusion import tokenize
+
+logger = logging.get_logger(__name__)
+
+# Pictures that go through the image UNet in one batch.
+IMAGES_AT_ONCE = 8
+
+
+class EncodingMixin:
+    """The methods of `MelFusionPipeline` that encode pictures; to be named before `DiffusionPipeline`."""
+
+    @property
+    def default_num_inversion_steps(self) -> int:
+        """The inversion steps of a call that names none: the checkpoint's, else those of the synapse's training."""
+        trained = self.synapse.config.num_inversion_steps if self.synapse else None
+        return self.config.default_num_inversion_steps or trained or 10
+
+    @property
+    def default_image_size(self) -> int:
+        """The side of the picture in pixels: that of the synapse's training, else the one of the image UNet."""
+        trained = self.synapse.config.image_size if self.synapse else None
+        return trained or own_size(self.image_unet, "image_unet", "image_size") * self.image_vae_scale_factor
+
+    @torch.no_grad()
+    @one_at_a_time
+    def encode_image(
+        self,
+        image: Image,
+        image_prompt: str | list[str] = "",
+        image_size: int | None = None,
+        num_inversion_steps: int | None = None,
+        feature_source: str = "inversion",
+    ) -> ImageFeatures:
+        """Inverts pictures and records their keys and values; what it returns serves any number of calls.
+
+        Args:
+            image: As in `__call__`.
+            image_prompt: The text for the picture's UNet; the empty text inverts best.
+            image_size: The side in pixels to which pictures are prepared. None is `default_image_size`.
+            num_inversion_steps: The number of recorded timesteps. None is `default_num_inversion_steps`.
+            feature_source: `"inversion"` or `"reconstruction"` (the paper to the letter, twice the cost).
+
+        Returns:
+            The features, in the dtype of `image_unet`, on its device.
+
+        Raises:
+            TypeError, ValueError: As `__call__`.
+        """
+        images = as_pil_images(image)
+        if num_inversion_steps is None:
+            num_inversion_steps = self.default_num_inversion_steps
+        check_image_inputs(self, len(images), image_prompt, image_size, num_inversion_steps, feature_source)
+        return self._encode_images(images, image_prompt, image_size, num_inversion_steps, feature_source)
+
+    def _encode_images(
+        self,
+        images: list[PIL.Image.Image],
+        image_prompt: str | list[str],
+        image_size: int | None,
+        num_inversion_steps: int,
+        feature_source: str,
+    ) -> ImageFeatures:
+        prompt_embeds = self.encode_image_prompt(image_prompt, len(images))
+        parts = [
+            record_image_features(
+                self.image_unet,
+                self.image_scheduler,
+                self._encode_pixels(images[first : first + IMAGES_AT_ONCE], image_size),
+                prompt_embeds[first : first + IMAGES_AT_ONCE],
+                self.synapse.config.image_layers,
+                num_inversion_steps,
+                feature_source,
+                self.progress_bar,
+            )
+            for first in range(0, len(images), IMAGES_AT_ONCE)
+        ]
+        features = ImageFeatures.join(parts)
+        check_finite("the inversion of the picture", *features.keys.values(), *features.values.values())
+        return replace(features, image_size=image_size or self.default_image_size)
+
+    def prepare_image_latents(self, image: Image, image_size: int | None = None) -> torch.Tensor:
+        """Prepares pictures and encodes them: the mode of the VAE's posterior, so that no generator is consumed.
+
+        Args:
+            image: As in `__call__`.
+            image_size: The side in pixels. None is `default_image_size`.
+
+        Returns:
+            `z_0^I`, `[pictures, 4, image_size / 8, image_size / 8]` for Stable Diffusion, float32.
+        """
+        return self._encode_pixels(as_pil_images(image), image_size)
+
+    def _encode_pixels(self, images: list[PIL.Image.Image], image_size: int | None) -> torch.Tensor:
+        image_size = image_size or self.default_image_size
+        pixel_values = torch.stack([prepare_image(image, image_size) for image in images])
+        pixel_values = pixel_values.to(device=self._execution_device, dtype=self.image_vae.dtype)
+        latents = self.image_vae.encode(pixel_values).latent_dist.mode()
+        return latents.float() * self.image_vae.config.scaling_factor
+
+    @torch.no_grad()
+    @one_at_a_time
+    def encode_image_prompt(self, image_prompt: str | list[str] = "", num_images: int = 1) -> torch.Tensor:
+        """Encodes the text for the picture's UNet.
+
+        Args:
+            image_prompt: One text for all pictures, or one a picture.
+            num_images: The number of pictures.
+
+        Returns:
+            `[num_images, tokens, channels]` in the dtype of `image_unet`.
+        """
+        device, dtype = self._execution_device, self.image_unet.dtype
+        if self.image_text_encoder is None or self.image_tokenizer is None:
+            logger.warning(
+                "Without `image_text_encoder` and `image_tokenizer` the picture's UNet is conditioned on zeros; the"
+                " features differ from those of the empty prompt."
+            )
+            return torch.zeros(num_images, 1, self.image_unet.config.cross_attention_dim, device=device, dtype=dtype)
+        prompts = [image_prompt] if isinstance(image_prompt, str) else image_prompt
+        inputs = tokenize(self.image_tokenizer, prompts, self.image_tokenizer.model_max_length, device)
+        use_mask = getattr(self.image_text_encoder.config, "use_attention_mask", False)
+        mask = inputs.attention_mask if use_mask else None
+        embeds = self.image_text_encoder(inputs.input_ids, attention_mask=mask)[0].to(dtype)
+        return embeds.expand(num_images, -1, -1)
+
+    def fit_image_features(
+        self, image_features: ImageFeatures, latents: torch.Tensor, synapse_scale: float | list[float] = 1.0
+    ) -> tuple[ImageFeatures, torch.Tensor]:
+        """Fits recorded features to the music UNet, once for all denoising steps (visual synapse, method section 2).
+
+        Args:
+            image_features: As recorded.
+            latents: The music latents `[batch, channels, time, frequency]`, for their size.
+            synapse_scale: Multiplies every alpha, or one number for each layer.
+
+        Returns:
+            The features by layer of the music UNet, and the scaled alphas `[layers]`.
+        """
+        num_tokens = self.synapse.num_tokens(*latents.shape[-2:])
+        keys, values, alphas = self.synapse(image_features.keys, image_features.values, num_tokens, synapse_scale)
+        return replace(image_features, keys=keys, values=values), alphas
