@@ -1,5 +1,6 @@
 """From latents to a waveform, window by window, and how seconds become frames on the way."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -73,7 +74,7 @@ class DecodingMixin:
         length = max(self._decoded_frames(num_frames, window_length_in_s), overlap + 2 * margin)
         latents = 1 / self.vae.config.scaling_factor * latents.to(self._execution_device)
         return self._run_in_windows(
-            lambda window: self.vae.decode(window.to(self.vae.dtype)).sample,
+            lambda window, _: self.vae.decode(window.to(self.vae.dtype)).sample,
             latents,
             Windows.lay_out(num_frames, length, overlap, margin),
             self.vae_scale_factor,
@@ -109,20 +110,28 @@ class DecodingMixin:
         if num_frames > length:
             margin = vocoder_margin(self.vocoder, device)
             length = max(length, 4 * margin)
-        waveform = self._run_in_windows(
-            lambda window: self.vocoder(window.to(device=device, dtype=dtype)).float().cpu()[..., None],
-            mel_spectrogram,
-            Windows.lay_out(num_frames, length, 2 * margin + 1, margin),
-            math.prod(self.vocoder.config.upsample_rates),
-        )
+        # What oscillates, as `MusicVocoder`'s sound does, must run on from window to window.
+        runs_on = "first_frame" in inspect.signature(type(self.vocoder).forward).parameters
+
+        def vocode(window: torch.Tensor, first_frame: int) -> torch.Tensor:
+            position = {"first_frame": first_frame} if runs_on else {}
+            return self.vocoder(window.to(device=device, dtype=dtype), **position).float().cpu()[..., None]
+
+        windows = Windows.lay_out(num_frames, length, 2 * margin + 1, margin)
+        hop = math.prod(self.vocoder.config.upsample_rates)
+        waveform = self._run_in_windows(vocode, mel_spectrogram, windows, hop)
         return waveform[:, : round(audio_length_in_s * self.sampling_rate), 0]
 
     def _run_in_windows(
-        self, function: Callable[[torch.Tensor], torch.Tensor], signal: torch.Tensor, windows: Windows, factor: int
+        self,
+        function: Callable[[torch.Tensor, int], torch.Tensor],
+        signal: torch.Tensor,
+        windows: Windows,
+        factor: int,
     ) -> torch.Tensor:
         """Runs a decoder on one window after the other, with a progress bar; on a single one without."""
         if len(windows) == 1:
-            return function(signal)
+            return function(signal, 0)
         with self.progress_bar(total=len(windows)) as progress_bar:
             return windows.apply(function, signal, factor, progress_bar.update)
 

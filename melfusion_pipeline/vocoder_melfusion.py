@@ -8,7 +8,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-NOISE_SEED = 0
+# The noise repeats itself after 16 seconds, so that any stretch of a long piece can have its own part of it.
+NOISE_SEED, NOISE_LENGTH = 0, 2**18
 
 
 class ConvNeXtBlock(nn.Module):
@@ -108,7 +109,8 @@ class MusicVocoder(ModelMixin, ConfigMixin):
 
         Args:
             spectrogram: Log-mel, `[B, T, model_in_dim]` or `[T, model_in_dim]`.
-            first_frame: For how many frames the oscillators have been running already.
+            first_frame: For how many frames oscillators and noise have been running already: where in a longer piece
+                the spectrogram begins.
 
         Returns:
             `[B, T * hop]` or `[T * hop]`, float32 whatever the weights are.
@@ -145,7 +147,7 @@ class MusicVocoder(ModelMixin, ConfigMixin):
             sizes = (self.num_tones, self.num_tones, self.num_bins, self.num_bins, self.num_bins)
             tone_level, tone_phase, level, phase, noise_level = predicted.float().split(sizes, dim=-1)
             tones = self.add_tones(torch.polar(strength(tone_level), tone_phase), first_frame)
-            return tones + self.invert(torch.polar(strength(level), phase), strength(noise_level))
+            return tones + self.invert(torch.polar(strength(level), phase), strength(noise_level), first_frame)
 
     def add_tones(self, tones: torch.Tensor, first_frame: int) -> torch.Tensor:
         """Adds up oscillators whose strengths and phases glide from frame to frame.
@@ -174,19 +176,21 @@ class MusicVocoder(ModelMixin, ConfigMixin):
         overlapped = second + F.pad(first[:, 1:], (0, 0, 0, 1))
         return overlapped.flatten(1)
 
-    def invert(self, spectrum: torch.Tensor, noise_level: torch.Tensor) -> torch.Tensor:
+    def invert(self, spectrum: torch.Tensor, noise_level: torch.Tensor, first_frame: int) -> torch.Tensor:
         """Inverts a short-time spectrum to which fixed noise is added.
 
         Args:
             spectrum: Complex, `[B, T, num_bins]`.
             noise_level: Strength of the noise, `[B, T, num_bins]`.
+            first_frame: As in `forward`.
 
         Returns:
             Waveforms `[B, T * hop]`.
         """
         device, length = spectrum.device, spectrum.shape[1] * self.hop
         window = torch.hann_window(self.config.fft_length, device=device)
-        noise = torch.randn(length, generator=torch.Generator().manual_seed(NOISE_SEED)).to(device)
+        noise = torch.randn(NOISE_LENGTH, generator=torch.Generator().manual_seed(NOISE_SEED))
+        noise = noise[(first_frame * self.hop + torch.arange(length)) % NOISE_LENGTH].to(device)
         settings = {"n_fft": self.config.fft_length, "hop_length": self.hop, "window": window}
         shaped = torch.stft(noise, **settings, pad_mode="constant", return_complex=True).mT
         spectrum = spectrum + noise_level * shaped[: spectrum.shape[1]]

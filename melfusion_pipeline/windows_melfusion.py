@@ -118,7 +118,7 @@ class Windows:
 
     def apply(
         self,
-        function: Callable[[torch.Tensor], torch.Tensor],
+        function: Callable[[torch.Tensor, int], torch.Tensor],
         signal: torch.Tensor,
         factor: int,
         update: Callable[[], Any] = lambda: None,
@@ -126,7 +126,8 @@ class Windows:
         """Runs `function` on one window after the other and merges what it gives.
 
         Args:
-            function: `[batch, ..., length, F]` to `[batch, ..., length * factor (or more), G]`.
+            function: `[batch, ..., length, F]` and the window's first frame to `[batch, ..., length * factor (or
+                more), G]`.
             signal: `[batch, ..., num_frames, F]`.
             factor: How many frames come of one.
             update: Called after each window.
@@ -136,7 +137,7 @@ class Windows:
         """
         scaled, merged = self.scaled(factor), None
         for index in range(len(self)):
-            part = function(self.cut(signal, [index])[0]).narrow(-2, 0, scaled.length)
+            part = function(self.cut(signal, [index])[0], self.starts[index]).narrow(-2, 0, scaled.length)
             if merged is None:
                 merged = part.new_zeros(*part.shape[:-2], scaled.num_frames, part.shape[-1])
             scaled.merge(merged, [part], [index])

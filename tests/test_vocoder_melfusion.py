@@ -99,9 +99,9 @@ def test_a_waveform_s_own_spectrum_gives_it_back(vocoder):
     waveform = torch.randn(1, 50 * HOP, generator=torch.Generator().manual_seed(0))
     spectrum = torch.stft(waveform, 512, HOP, window=torch.hann_window(512), pad_mode="constant", return_complex=True)
     silence = torch.zeros(1, 50, 257)
-    inverted = vocoder.invert(spectrum.mT[:, :50], silence)
+    inverted = vocoder.invert(spectrum.mT[:, :50], silence, 0)
     assert_near(inverted[:, :-512], waveform[:, :-512])
-    noise = vocoder.invert(torch.zeros(1, 50, 257, dtype=torch.complex64), silence + 1)
+    noise = vocoder.invert(torch.zeros(1, 50, 257, dtype=torch.complex64), silence + 1, 0)
     assert noise[:, 512:-512].std().item() == pytest.approx(1, abs=0.05)
 
 
@@ -136,6 +136,15 @@ def test_the_pipeline_plays_through_it(components, image, vocoder):
     settings = {"num_inference_steps": 2, "num_inversion_steps": 2, "audio_length_in_s": 0.64}
     audio = pipe(image, "calm piano", **settings, generator=torch.Generator().manual_seed(0)).audios
     assert audio.shape == (1, 10240) and abs(audio).max() > 0
+
+
+@torch.no_grad()
+def test_a_long_piece_sounds_the_same_whole_and_window_by_window(components, vocoder):
+    pipe = MelFusionPipeline(**{**components, "vocoder": vocoder})
+    pipe.set_progress_bar_config(disable=True)
+    # Long enough that the noise begins again in the midst of it.
+    mel = mels(frames=1800, batch=1)
+    assert_near(pipe.mel_spectrogram_to_waveform(mel), vocoder(mel))
 
 
 @pytest.mark.parametrize("shape", [(64,), (2, 40, 80), (1, 2, 40, 64), (2, 0, 64)])

@@ -173,10 +173,10 @@ def test_without_normalisation_and_attention_decoding_does_not_depend_on_the_cut
     latents = torch.randn(2, 4, 300, 2)
     whole = vae.decode(latents).sample
     windows = Windows.lay_out(300, length, 2 * margin + 8, margin)
-    cut = windows.apply(lambda window: vae.decode(window).sample, latents, factor=4)
+    cut = windows.apply(lambda window, _: vae.decode(window).sample, latents, factor=4)
     assert len(windows) > 3 and cut.shape == whole.shape
     assert_near(cut, whole)
-    careless = Windows.lay_out(300, length, 8).apply(lambda window: vae.decode(window).sample, latents, factor=4)
+    careless = Windows.lay_out(300, length, 8).apply(lambda window, _: vae.decode(window).sample, latents, factor=4)
     assert (careless - whole).abs().max() > 1e-3 * whole.abs().max()
 
 
@@ -192,7 +192,7 @@ def test_the_waveform_does_not_depend_on_how_the_vocoder_was_cut(length):
     assert 0 < margin < 42
     windows = Windows.lay_out(600, length, 2 * margin + 1, margin)
     updates = []
-    cut = windows.apply(lambda window: vocoder(window)[..., None], mel, 160, lambda: updates.append(1))[..., 0]
+    cut = windows.apply(lambda window, _: vocoder(window)[..., None], mel, 160, lambda: updates.append(1))[..., 0]
     assert cut.shape == (2, 600 * 160) and len(updates) == len(windows) > 2
     assert_near(cut, whole[:, : 600 * 160])
 
