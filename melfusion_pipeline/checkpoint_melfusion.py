@@ -34,6 +34,8 @@ logger = logging.get_logger(__name__)
 
 # In an index without components of its own: the folder in which they lie.
 CHECKPOINT_KEY = "_checkpoint"
+# What AudioLDM and MusicLDM were trained on; the `sample_size` of their published UNets is half of it.
+BASE_LENGTH_IN_S = 10.24
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # What the libraries read beside weights: configurations, vocabularies, sentencepiece models.
 TEXT_SUFFIXES = (".json", ".txt", ".model")
@@ -130,7 +132,7 @@ class CheckpointMixin:
             synapse = load(synapse_class, source, whole if source.names(whole) else folder)
         _warn_of_pickles(pickles)
         synapse.check_unets(components["image_unet"], components["unet"])
-        return cls(**components, synapse=synapse)
+        return cls(**components, synapse=synapse, default_window_length_in_s=BASE_LENGTH_IN_S)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline:

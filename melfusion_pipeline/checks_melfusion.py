@@ -153,15 +153,18 @@ def _check_windows(
     _check_real("window_overlap", window_overlap, 0.0, MAX_WINDOW_OVERLAP)
     if window_batch_size is not None:
         _check_integer("window_batch_size", window_batch_size, 1)
+    name = "window_length_in_s"
+    if window_length_in_s is None:
+        name, window_length_in_s = "default_window_length_in_s", pipe.config.default_window_length_in_s
     if window_length_in_s is None:
         return
-    _check_real("window_length_in_s", window_length_in_s)
+    _check_real(name, window_length_in_s)
     # In fewer frames the UNet's deepest level would have none that is whole.
     shortest = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     shortest_in_s = shortest * pipe.vae_scale_factor * pipe._seconds_per_frame
     if not shortest_in_s * (1 - 1e-6) <= window_length_in_s <= MAX_AUDIO_LENGTH_IN_S:
         raise ValueError(
-            f"`window_length_in_s` must be in [{shortest_in_s:g}, {MAX_AUDIO_LENGTH_IN_S:g}], got"
+            f"`{name}` must be in [{shortest_in_s:g}, {MAX_AUDIO_LENGTH_IN_S:g}], got"
             f" {window_length_in_s}: `unet` halves a window {shortest.bit_length() - 1} times and so needs {shortest}"
             " latent frames. None is the length it was trained with."
         )

@@ -41,7 +41,9 @@ class DecodingMixin:
         return self.unet.config.in_channels, time, frequency
 
     def _own_frames(self, num_frames: int) -> int:
-        """The latent frames for which the music UNet was made; where it does not tell them, `num_frames`."""
+        """The latent frames of a window by default; where neither config nor music UNet tells them, `num_frames`."""
+        if self.config.default_window_length_in_s is not None:
+            return math.ceil(self._num_frames(self.config.default_window_length_in_s) / self.vae_scale_factor)
         if self.unet is None or self.unet.config.sample_size is None:
             return num_frames
         return own_size(self.unet, "unet", "window_length_in_s")
@@ -64,7 +66,7 @@ class DecodingMixin:
 
         Args:
             latents: `[batch, channels, time, frequency]`.
-            window_length_in_s: The length of a window; at least the music UNet's own, which is the default.
+            window_length_in_s: The length of a window; at least the checkpoint's default, as in `__call__`.
 
         Returns:
             `[batch, 1, frames, bands]`.

@@ -78,6 +78,8 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
         default_image_guidance_scale: Likewise, the strength of the picture; None guides with the text alone.
         default_num_inversion_steps: Likewise, the inversion steps; None takes those that `synapse` was trained with,
             or 10 before training.
+        default_window_length_in_s: Likewise, the length of the windows in which a longer piece is made; None takes the
+            one that `unet` names.
     """
 
     model_cpu_offload_seq = "text_encoder->image_text_encoder->image_vae->image_unet->synapse->unet->vae->vocoder"
@@ -112,6 +114,7 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
         default_guidance_scale: float = 3.0,
         default_image_guidance_scale: float | None = None,
         default_num_inversion_steps: int | None = None,
+        default_window_length_in_s: float | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -133,6 +136,7 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
             default_guidance_scale=default_guidance_scale,
             default_image_guidance_scale=default_image_guidance_scale,
             default_num_inversion_steps=default_num_inversion_steps,
+            default_window_length_in_s=default_window_length_in_s,
         )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae else 4
         self.image_vae_scale_factor = 2 ** (len(image_vae.config.block_out_channels) - 1) if image_vae else 8
@@ -393,7 +397,8 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
                 `prompt` is then one for the whole or one a picture. A window in which several pictures lie sees each
                 by its share, and so it hears their prompts. None: every picture makes a piece of its own.
             window_length_in_s: A longer piece is denoised in overlapping windows of this length, merged at every step.
-                None is the UNet's own length; that of the piece is a single pass over all of it.
+                None is the checkpoint's default, or the UNet's own length; that of the piece is a single pass over
+                all of it.
             window_overlap: The share of a window that its neighbour shares, in [0, 0.9].
             window_batch_size: How many windows go through the UNet at once. None: as many as fill its batch to 8 rows
                 on a CPU, to 32 elsewhere.

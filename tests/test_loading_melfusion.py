@@ -32,9 +32,9 @@ ROOMS = "attention checkpoint checks features files inversion pictures pipeline"
 CODE = {f"{room}_melfusion.py" for room in ROOMS} | {"synapse/modeling_melfusion.py"}
 
 
-def play(pipe: DiffusionPipeline) -> np.ndarray:
+def play(pipe: DiffusionPipeline, **kwargs) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
-    kwargs = {"num_inference_steps": 2, "num_inversion_steps": 2, "generator": generator()}
+    kwargs |= {"num_inference_steps": 2, "num_inversion_steps": 2, "generator": generator()}
     return pipe(photograph(), "a calm piano", **kwargs).audios
 
 
@@ -544,6 +544,16 @@ def test_base_models_compose_from_folders_and_from_the_hub(components, base_mode
         assert pipe.scheduler.config.beta_end == 0.0195 and pipe.image_scheduler.config.beta_end == 0.012
     half = MelFusionPipeline.from_base_models(image_model, music_model, torch_dtype=torch.bfloat16)
     assert {half.unet.dtype, half.text_encoder.dtype, half.vocoder.dtype, half.synapse.dtype} == {torch.bfloat16}
+
+
+def test_a_piece_of_base_models_is_one_pass_up_to_the_length_they_were_trained_on(pipe, base_models, tmp_path):
+    composed = MelFusionPipeline.from_base_models(*base_models, synapse=pipe.synapse)
+    composed.save_pretrained(tmp_path / "saved")
+    one_pass = play(pipe, audio_length_in_s=0.96, window_length_in_s=0.96)
+    for loaded in (composed, MelFusionPipeline.from_pretrained(tmp_path / "saved")):
+        assert loaded.config.default_window_length_in_s == 10.24
+        assert_near(play(loaded, audio_length_in_s=0.96), one_pass)
+    assert not np.allclose(play(pipe, audio_length_in_s=0.96), one_pass)
 
 
 def test_a_trained_synapse_is_an_object_a_folder_a_pipeline_or_a_repository(pipe, base_models, hub, tmp_path):

@@ -66,6 +66,25 @@ def test_a_piece_no_longer_than_a_window_does_not_know_of_windows(pipe, image, s
     assert not np.allclose(run(pipe, image, PROMPTS, **longer), one_pass)
 
 
+def test_a_checkpoint_may_know_the_length_of_its_windows(pipe, image):
+    """AudioLDM was trained on twice the length that its UNet names."""
+    longer = {"audio_length_in_s": LENGTH, "num_inference_steps": 2, "output_type": "latent"}
+    expected = run(pipe, image, PROMPTS, window_length_in_s=0.96, **longer)
+    by_unet = run(pipe, image, PROMPTS, **longer)
+    latents = torch.randn(1, 4, 250, 2, generator=generator())
+    decoded = pipe.decode_latents(latents, window_length_in_s=6.0)
+    assert not torch.equal(pipe.decode_latents(latents), decoded)
+    pipe.register_to_config(default_window_length_in_s=0.96)
+    assert np.array_equal(run(pipe, image, PROMPTS, **longer), expected)
+    assert np.array_equal(run(pipe, image, PROMPTS, window_length_in_s=0.32, **longer), by_unet)
+    pipe.register_to_config(default_window_length_in_s=6.0)
+    assert torch.equal(pipe.decode_latents(latents), decoded)
+    for wrong, error in ((0.31, ValueError), (math.nan, ValueError), ("long", TypeError)):
+        pipe.register_to_config(default_window_length_in_s=wrong)
+        with pytest.raises(error, match="`default_window_length_in_s` must be"):
+            run(pipe, image, PROMPTS, **longer)
+
+
 # ------------------------------------------------------------------------------------------------------- the textbook
 
 
