@@ -62,14 +62,16 @@ def print_operations(music_model: str) -> None:
 
     from melfusion_pipeline import MelFusionPipeline
     from melfusion_pipeline.attention_melfusion import KVBlenders
+    from melfusion_pipeline.checkpoint_melfusion import BASE_LENGTH_IN_S
     from melfusion_pipeline.denoising_melfusion import NoisePredictor
     from melfusion_pipeline.guidance_melfusion import Guidance
     from melfusion_pipeline.windows_melfusion import Windows
 
     with torch.device("meta"):
-        pipe = MelFusionPipeline(**build_components(music_model=music_model))
+        components = build_components(music_model=music_model)
+        pipe = MelFusionPipeline(**components, default_window_length_in_s=BASE_LENGTH_IN_S)
     pipe.set_progress_bar_config(disable=True)
-    own = pipe.unet.config.sample_size
+    own = pipe._latent_shape(BASE_LENGTH_IN_S)[1]
     embeds = torch.empty(2, pipe.unet.config.projection_class_embeddings_input_dim, device="meta")
     prompts = pipe.prompts.to_unet(embeds)
     timestep = torch.empty((), device="meta")
@@ -81,8 +83,8 @@ def print_operations(music_model: str) -> None:
     print(f"\n{music_model}, windows of {own} latent frames overlapping by a quarter; TFLOP with guidance.\n")
     print("| seconds | a step: one pass | windows | ratio | VAE decoder: one pass | windows | ratio |")
     print("|---|---|---|---|---|---|---|")
-    for windows_long in (2, 12, 60):
-        seconds = windows_long * own * pipe.vae_scale_factor * pipe._seconds_per_frame
+    for windows_long in (1, 6, 30):
+        seconds = windows_long * BASE_LENGTH_IN_S
         latents = torch.empty(1, *pipe._latent_shape(seconds), device="meta")
         frames = latents.shape[-2]
         one, _ = count(step, latents, Windows.lay_out(frames, frames, 0))
