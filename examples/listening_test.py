@@ -13,9 +13,7 @@ import argparse
 import hashlib
 import html
 import json
-import os
 import string
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from evaluate_systems import find_clips, name_and_path, read_clip, read_picture
 
 from melfusion_pipeline.audio import SAMPLING_RATE, save_audio
 from melfusion_pipeline.data import load_rows
+from melfusion_pipeline.files_melfusion import atomic_write
 from melfusion_pipeline.metrics import bootstrap_interval
 
 SCALES = {"OVL": "overall quality", "REL": "fits picture and text"}
@@ -123,12 +122,11 @@ def export_listening_test(
         return
     captions = {row["row"]: row["caption"] for row in rows}
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
-        page = Path(temporary, "test", "page")
+    with atomic_write(output) as folder:
+        page = folder / "page"
         write_media(page, order, clips, rows, seconds)
         (page / "index.html").write_text(format_page(order, captions, test), encoding="utf-8")
-        (page.parent / "key.json").write_text(json.dumps({"test": test, "seed": seed, "clips": order}, indent=1))
-        os.replace(page.parent, output)
+        (folder / "key.json").write_text(json.dumps({"test": test, "seed": seed, "clips": order}, indent=1))
 
 
 def read_ratings(key: dict, path: Path) -> tuple[str, dict[str, dict]]:

@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -45,7 +44,7 @@ from melfusion_pipeline.data import (
     read_triplet,
     select_good_rows,
 )
-from melfusion_pipeline.files_melfusion import atomic_write
+from melfusion_pipeline.files_melfusion import atomic_write, staged_folder
 from melfusion_pipeline.pictures_melfusion import prepare_image
 from melfusion_pipeline.plotting import plot_mel_spectrogram
 from melfusion_pipeline.training import TRAINABLE, MelFusionObjective, MusicLatentCache, TrajectoryCache, freeze
@@ -587,15 +586,12 @@ def finish(state: State) -> None:
 
 
 def describe_pipeline(args: argparse.Namespace, pipe: MelFusionPipeline) -> None:
-    """Writes what is told of the training and the card aside, then moves both: a full disk spares those before."""
+    """Writes what is told of the training, and the model card; on a full disk both stay as they were."""
     name = args.hub_model_id or args.output_dir.name
-    with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".partial-") as staging:
-        folder = Path(staging)
+    with staged_folder(args.output_dir) as folder:
         write_training(folder, *describe_training(args))
         training = read_training(folder)
         write_model_card(folder, pipe, Publication(name, training["base_models"], training["facts"]))
-        for file in folder.iterdir():
-            os.replace(file, args.output_dir / file.name)
 
 
 def describe_training(args: argparse.Namespace) -> tuple[list[str], dict]:

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -29,6 +28,7 @@ from transformers import (
 )
 
 from .checks_melfusion import check_components
+from .files_melfusion import staged_folder
 
 logger = logging.get_logger(__name__)
 
@@ -223,16 +223,8 @@ class CheckpointMixin:
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", target.name)
         target.mkdir(parents=True, exist_ok=True)
-        # Inside, because the folder may be a mount of its own, to which nothing can be moved from outside.
-        with tempfile.TemporaryDirectory(dir=target, prefix=".partial-") as staging:
+        with staged_folder(target, last=self.config_name) as staging:
             super().save_pretrained(staging, **kwargs)
-            # The index last: where it lies, what it names is complete.
-            files = sorted(Path(staging).rglob("*"), key=lambda file: file.name == self.config_name)
-            for file in files:
-                if file.is_file():
-                    destination = target / file.relative_to(staging)
-                    destination.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(file, destination)
 
     def save_config(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Writes `model_index.json` and, beside it, the code that loads the checkpoint without this package.

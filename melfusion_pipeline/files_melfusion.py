@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all."""
+"""Writing files and folders whole or not at all."""
 
 import os
 import tempfile
@@ -15,7 +15,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     and the temporary one is removed.
 
     Args:
-        path: The file to write or to replace, in a folder that exists.
+        path: The file to write or to replace, in a folder that exists; or a folder that does not exist when the block
+            ends.
 
     Yields:
         A path with the suffix of `path` in a hidden folder beside it. The folder's name is drawn at random, because
@@ -30,3 +31,28 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         temporary = Path(folder, path.name)
         yield temporary
         os.replace(temporary, path)
+
+
+@contextmanager
+def staged_folder(folder: str | os.PathLike, last: str | None = None) -> Iterator[Path]:
+    """Gives an empty folder to write to; its files are moved into `folder` when the block ends without an error.
+
+    Files of `folder` that have no successor stay. After an error, such as that of a full disk, all are as before.
+
+    Args:
+        folder: An existing folder.
+        last: The name of the file that is moved last: where it lies, what it names is complete.
+
+    Yields:
+        A hidden folder inside of `folder`: that may be a mount of its own, to which nothing can be moved from outside.
+
+    Raises:
+        OSError: If the folder does not exist or cannot be written to.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as staging:
+        yield Path(staging)
+        files = [file for file in Path(staging).rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: file.name == last):
+            destination = Path(folder) / file.relative_to(staging)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, destination)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from melfusion_pipeline.files_melfusion import atomic_write
+from melfusion_pipeline.files_melfusion import atomic_write, staged_folder
 
 
 def test_a_file_is_replaced_only_when_it_is_complete(tmp_path: Path):
@@ -47,3 +47,35 @@ def test_others_may_read_what_they_could_read_before(tmp_path: Path):
 def test_a_missing_folder_is_an_error(tmp_path: Path):
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "missing" / "file.txt"):
         pass
+
+
+def test_a_new_folder_is_there_only_when_it_is_complete(tmp_path: Path):
+    with atomic_write(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        (temporary / "file.txt").write_text("new")
+        assert not (tmp_path / "folder").exists()
+    assert (tmp_path / "folder" / "file.txt").read_text() == "new" and os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_staged_folders_files_come_to_others_when_all_are_written_the_named_one_last(tmp_path, monkeypatch):
+    (tmp_path / "index.json").write_text("old")
+    (tmp_path / "other").write_text("old")
+    moved, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: moved.append(target) or replace(source, target))
+    with staged_folder(str(tmp_path), last="index.json") as staging:
+        (staging / "index.json").write_text("new")
+        (staging / "deep").mkdir()
+        (staging / "deep" / "weights").write_text("new")
+        assert (tmp_path / "index.json").read_text() == "old" and not (tmp_path / "deep").exists()
+    assert moved == [tmp_path / "deep" / "weights", tmp_path / "index.json"]
+    assert sorted(os.listdir(tmp_path)) == ["deep", "index.json", "other"]
+    assert [(tmp_path / name).read_text() for name in ("index.json", "other")] == ["new", "old"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_after_an_error_nothing_of_a_staged_folder_is_left(tmp_path: Path, error: BaseException):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(type(error)), staged_folder(tmp_path) as staging:
+        (staging / "file").write_text("half")
+        raise error
+    assert (tmp_path / "file").read_text() == "old" and os.listdir(tmp_path) == ["file"]

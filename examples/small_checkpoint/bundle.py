@@ -13,6 +13,7 @@ import torch
 from diffusers import ModelMixin
 
 from melfusion_pipeline import MelFusionPipeline
+from melfusion_pipeline.files_melfusion import atomic_write
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 60 * 2**20
@@ -29,28 +30,26 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    partial = args.output.with_name(f".{args.output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     pipe = MelFusionPipeline.from_pretrained(args.checkpoint)
     for component in pipe.components.values():
         if isinstance(component, ModelMixin):
             component.to(torch.float16)
-    pipe.save_pretrained(partial)
-    for file in [partial / "model_index.json", *partial.glob("*/config.json")]:
-        # Where the weights lay before is no concern of those who load them.
-        content = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
-        file.write_text(json.dumps(content, indent=2) + "\n")
-    # Two folders further up lies the package itself, which a copy of its code could only contradict.
-    for module in partial.rglob("*.py"):
-        module.unlink()
-    shutil.copy(args.card, partial / "README.md")
-    shutil.copy(args.data / "ATTRIBUTION.csv", partial)
-    size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-    if size > LIMIT:
-        raise ValueError(f"The checkpoint has {size / 2**20:.1f} MiB, more than {LIMIT / 2**20:.0f}.")
-    shutil.rmtree(args.output, ignore_errors=True)
     args.output.parent.mkdir(exist_ok=True)
-    partial.rename(args.output)
+    with atomic_write(args.output) as folder:
+        pipe.save_pretrained(folder)
+        for file in [folder / "model_index.json", *folder.glob("*/config.json")]:
+            # Where the weights lay before is no concern of those who load them.
+            content = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
+            file.write_text(json.dumps(content, indent=2) + "\n")
+        # Two folders further up lies the package itself, which a copy of its code could only contradict.
+        for module in folder.rglob("*.py"):
+            module.unlink()
+        shutil.copy(args.card, folder / "README.md")
+        shutil.copy(args.data / "ATTRIBUTION.csv", folder)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        if size > LIMIT:
+            raise ValueError(f"The checkpoint has {size / 2**20:.1f} MiB, more than {LIMIT / 2**20:.0f}.")
+        shutil.rmtree(args.output, ignore_errors=True)
     print(f"{args.output}: {size / 2**20:.1f} MiB")
 
 

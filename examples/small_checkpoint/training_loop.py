@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from melfusion_pipeline.files_melfusion import atomic_write
+
 CHECKPOINT_INTERVAL = 180.0
 
 
@@ -28,11 +30,10 @@ def stage_parser(description: str, steps: int, batch_size: int, learning_rate: f
 
 
 def save_atomically(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes a safetensors file under a temporary name beside `path`, then renames it."""
+    """Writes a safetensors file whole, in a folder that is made if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, path)
+    with atomic_write(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 class Training:
