@@ -772,14 +772,17 @@ def test_a_call_takes_the_defaults_that_its_checkpoint_stores(components, image,
 
 def test_a_checkpoint_of_before_loads_and_is_called_as_before(pipe, image, tmp_path):
     pipe.save_pretrained(tmp_path)
+    # Both are loaded: weights that lie otherwise in memory give other last digits on some processors.
+    new = MelFusionPipeline.from_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     stored = {name: index.pop(name) for name in list(index) if name.startswith("default_")}
-    assert len(stored) == 4
+    assert len(stored) == 5
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     old = MelFusionPipeline.from_pretrained(tmp_path)
-    old.set_progress_bar_config(disable=True)
+    for one in (new, old):
+        one.set_progress_bar_config(disable=True)
     before = {"num_inference_steps": 50, "num_inversion_steps": 10, "guidance_scale": 3.0}
-    expected = pipe(image, PROMPTS[0], generator=generator(), **before).audios
+    expected = new(image, PROMPTS[0], generator=generator(), **before).audios
     assert np.array_equal(old(image, PROMPTS[0], generator=generator()).audios, expected)
 
 
