@@ -1,5 +1,9 @@
 """Trains the text-to-image UNet on picture latents and descriptions; inversion later uses it with the empty prompt."""
 
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from corpus import load_pictures, read_rows, unique_images
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -65,6 +69,44 @@ def validation_loss(unet, scheduler, latents: torch.Tensor, seed: int, **conditi
     return noise_loss(unet, scheduler, latents, generator, **conditioning).item()
 
 
+def train_unet(
+    args: argparse.Namespace,
+    state: Path,
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+    latents: torch.Tensor,
+    texts: torch.Tensor,
+    condition: Callable[[torch.Tensor], dict],
+) -> bool:
+    """Trains a UNet to tell the noise in latents, each of them one time in ten without its text.
+
+    Args:
+        args: Of `stage_parser`.
+        state: The file of the training's state.
+        unet: The UNet; afterwards it has the averaged weights.
+        scheduler: Its noise schedule.
+        latents: `[N, ...]`, each with the text after the last one's; after the last text the first one comes again.
+        texts: The encoded texts `[1 + M, ...]`, the empty one first.
+        condition: Makes the UNet's arguments of rows of `texts`.
+
+    Returns:
+        Whether all steps are done.
+    """
+    training = Training(unet, state, args)
+
+    def take_step(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        batch = torch.randint(len(latents), (args.batch_size,), generator=generator)
+        told = torch.rand(args.batch_size, generator=generator) >= EMPTY_PROMPT_PROBABILITY
+        rows = texts[torch.where(told, batch % (len(texts) - 1) + 1, 0)]
+        loss = noise_loss(unet, scheduler, latents[batch], generator, **condition(rows))
+        training.update(loss)
+        return {"loss": loss}
+
+    done = run(training, take_step)
+    training.use_average()
+    return done
+
+
 def main() -> None:
     args = stage_parser(__doc__, steps=20000, batch_size=16, learning_rate=5e-4).parse_args()
     torch.manual_seed(args.seed)
@@ -78,18 +120,8 @@ def main() -> None:
     latents = encode(vae, mirrored) * vae.config.scaling_factor
     texts = encode_texts(encoder, tokenizer, ["", *(row["description"] for row in rows["train"])])
     unet, scheduler = create_unet(texts.shape[-1]), create_scheduler(0.00085, 0.012)
-    training = Training(unet, args.output / "state/image_unet.safetensors", args)
-
-    def take_step(generator: torch.Generator) -> dict[str, torch.Tensor]:
-        batch = torch.randint(len(latents), (args.batch_size,), generator=generator)
-        told = torch.rand(args.batch_size, generator=generator) >= EMPTY_PROMPT_PROBABILITY
-        states = texts[torch.where(told, batch % len(rows["train"]) + 1, 0)]
-        loss = noise_loss(unet, scheduler, latents[batch], generator, encoder_hidden_states=states)
-        training.update(loss)
-        return {"loss": loss}
-
-    done = run(training, take_step)
-    training.use_average()
+    state = args.output / "state/image_unet.safetensors"
+    done = train_unet(args, state, unet, scheduler, latents, texts, lambda rows: {"encoder_hidden_states": rows})
     unet.save_pretrained(components / "image_unet")
     scheduler.save_pretrained(components / "image_scheduler")
     encoder.save_pretrained(components / "image_text_encoder")

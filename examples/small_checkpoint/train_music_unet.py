@@ -5,14 +5,13 @@ from corpus import cached, read_rows
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from music import DURATION
 from torch.nn import functional as F
-from train_image_unet import create_scheduler, noise_loss, validation_loss
-from training_loop import Training, run, stage_parser
+from train_image_unet import create_scheduler, train_unet, validation_loss
+from training_loop import stage_parser
 from transformers import ClapTextModelWithProjection, RobertaTokenizer
 
 from melfusion_pipeline.audio import load_random_crop
 from melfusion_pipeline.training import MusicLatentCache
 
-EMPTY_PROMPT_PROBABILITY = 0.1
 CHANNELS = (32, 64, 96, 128)
 
 
@@ -63,6 +62,11 @@ def embed_captions(args, texts: list[str]) -> torch.Tensor:
     return embeds[[distinct[text] for text in texts]]
 
 
+def condition(embeds: torch.Tensor) -> dict:
+    """Returns the arguments by which the UNet takes text embeddings `[N, 128]`."""
+    return {"encoder_hidden_states": None, "class_labels": embeds}
+
+
 def main() -> None:
     args = stage_parser(__doc__, steps=10000, batch_size=16, learning_rate=8e-4).parse_args()
     torch.manual_seed(args.seed)
@@ -74,23 +78,11 @@ def main() -> None:
     # Velocity weighs the high noise levels, where instrument and tempo are decided, more than noise prediction does.
     scheduler = create_scheduler(0.0015, 0.0195, "v_prediction")
     unet = create_unet(texts.shape[-1])
-    training = Training(unet, args.output / "state/music_unet.safetensors", args)
-
-    def take_step(generator: torch.Generator) -> dict[str, torch.Tensor]:
-        batch = torch.randint(len(latents), (args.batch_size,), generator=generator)
-        told = torch.rand(args.batch_size, generator=generator) >= EMPTY_PROMPT_PROBABILITY
-        embeds = texts[torch.where(told, batch + 1, 0)]
-        loss = noise_loss(unet, scheduler, latents[batch], generator, encoder_hidden_states=None, class_labels=embeds)
-        training.update(loss)
-        return {"loss": loss}
-
-    done = run(training, take_step)
-    training.use_average()
+    state = args.output / "state/music_unet.safetensors"
+    done = train_unet(args, state, unet, scheduler, latents, texts, condition)
     unet.save_pretrained(components / "unet")
     scheduler.save_pretrained(components / "scheduler")
-    loss = validation_loss(
-        unet, scheduler, unseen[:200], 0, encoder_hidden_states=None, class_labels=unseen_texts[1:201]
-    )
+    loss = validation_loss(unet, scheduler, unseen[:200], 0, **condition(unseen_texts[1:201]))
     print(f"{'done' if done else 'stopped'}: validation noise loss {loss:.4f}")
 
 
