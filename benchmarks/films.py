@@ -25,7 +25,9 @@ import torch
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import save_audio
 from melfusion_pipeline.files_melfusion import atomic_write
-from melfusion_pipeline.film import Film, find_onsets, read_film, read_frames, write_scored_film
+from melfusion_pipeline.film import Film, read_film, read_frames
+from melfusion_pipeline.onsets import find_onsets
+from melfusion_pipeline.scoring import write_scored_film
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

@@ -12,7 +12,8 @@ import torch
 from slideshow import SIDE, lay_out
 
 from melfusion_pipeline import MelFusionPipeline
-from melfusion_pipeline.film import find_onsets, move_to_onsets, read_picture, write_slideshow
+from melfusion_pipeline.onsets import find_onsets, move_to_onsets
+from melfusion_pipeline.scoring import read_picture, write_slideshow
 
 MAX_PICTURES = 24
 SIZE = (1280, 720)

@@ -13,21 +13,10 @@ import numpy as np
 import PIL.Image
 from slideshow import SIDE, add_music_arguments, load_pipeline, make_music, read_prompts, save_figure, write_json
 
-from melfusion_pipeline.film import (
-    Film,
-    choose_frame,
-    draw_spectrogram,
-    find_onsets,
-    find_shots,
-    read_film,
-    read_shots,
-    share_met,
-    share_met_by_chance,
-    split_shots,
-    stretches,
-    write_scored_film,
-)
+from melfusion_pipeline.film import Film, choose_frame, find_shots, read_film, read_shots, split_shots, stretches
+from melfusion_pipeline.onsets import draw_spectrogram, find_onsets, share_met, share_met_by_chance
 from melfusion_pipeline.plotting import plot_storyboard
+from melfusion_pipeline.scoring import write_scored_film
 
 EXAMPLES = Path(__file__).parent
 sys.path.append(str(EXAMPLES / "small_checkpoint"))

@@ -17,14 +17,9 @@ from matplotlib.figure import Figure
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import save_audio
 from melfusion_pipeline.files_melfusion import atomic_write
-from melfusion_pipeline.film import (
-    draw_spectrogram,
-    find_onsets,
-    move_to_onsets,
-    read_picture,
-    write_slideshow,
-)
+from melfusion_pipeline.onsets import draw_spectrogram, find_onsets, move_to_onsets
 from melfusion_pipeline.plotting import plot_storyboard
+from melfusion_pipeline.scoring import read_picture, write_slideshow
 
 EXAMPLES = Path(__file__).parent
 # Of the pictures in a folder, those that Pillow opens without a plugin.

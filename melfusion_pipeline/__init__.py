@@ -26,7 +26,9 @@
 | `melfusion_pipeline.metrics` | figures of generated music, as pure functions |
 | `melfusion_pipeline.extractors` | the embeddings that the figures are computed from |
 | `melfusion_pipeline.plotting` | figures to look at |
-| `melfusion_pipeline.film` | films and slide shows: cuts, light and tempo, the music under the picture |
+| `melfusion_pipeline.film` | films: pictures out of them, and their shots |
+| `melfusion_pipeline.onsets` | where notes begin, and how the cuts of a film meet them |
+| `melfusion_pipeline.scoring` | slide shows and films with music, as one file |
 """
 
 from .blending import blend_image

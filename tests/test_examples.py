@@ -16,7 +16,8 @@ from films import clicks, write_film
 from processes import run_script, start_script
 from slideshow import lay_out, list_pictures
 
-from melfusion_pipeline.film import find_onsets, read_film
+from melfusion_pipeline.film import read_film
+from melfusion_pipeline.onsets import find_onsets
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,20 +16,9 @@ from films import COLOURS, RATE, RGB, clicks, write_film
 from processes import prints, start
 
 from melfusion_pipeline import film as film_module
-from melfusion_pipeline.film import (
-    choose_frame,
-    find_onsets,
-    find_shots,
-    move_to_onsets,
-    read_film,
-    read_frames,
-    read_shots,
-    share_met,
-    share_met_by_chance,
-    split_shots,
-    write_scored_film,
-    write_slideshow,
-)
+from melfusion_pipeline.film import choose_frame, find_shots, read_film, read_frames, read_shots, split_shots
+from melfusion_pipeline.onsets import find_onsets, move_to_onsets, share_met, share_met_by_chance
+from melfusion_pipeline.scoring import write_scored_film, write_slideshow
 
 
 def read_sound(path, rate=RATE):
