@@ -51,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("build/small/data"), help="folder that build_data.py wrote")
     parser.add_argument("--output", type=Path, default=Path("build/seams"), help="folder for the pieces and figures")
     parser.add_argument("--pieces", type=int, default=12)
+    parser.add_argument("--overlaps", type=float, nargs="+", default=OVERLAPS)
     parser.add_argument("--clips", type=int, default=200, help="real ones, from the test set")
     return parser.parse_args()
 
@@ -214,11 +215,11 @@ def print_table(arguments: argparse.Namespace, cells: list[tuple[str, float]], c
             row += ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*interval), f"{within:.0%}"]
         row.append("{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap_interval(detect(pieces, places))))
         print(f"| {' | '.join(row)} |", flush=True)
-    for overlap in OVERLAPS:
+    for overlap in arguments.overlaps:
         place = seams(overlap)[0]
         real = at_random_places(clips, place.stop - place.start)
-        spread = [f"{mean:+.3f} ± {deviation:.3f}" for mean, deviation in zip(real.mean(axis=0), real.std(axis=0))]
-        print(f"| real clips, anywhere (mean ± deviation) | {overlap} | {' | | '.join(spread)} | | |")
+        spread = [f"{mean:+.3f} ± {deviation:.3f} | " for mean, deviation in zip(real.mean(axis=0), real.std(axis=0))]
+        print(f"| real clips, anywhere (mean ± deviation) | {overlap:g} | {' | '.join(spread)} | |")
 
 
 def draw(arguments: argparse.Namespace, cell: tuple[str, float], count: int = 4) -> None:
@@ -235,7 +236,8 @@ def draw(arguments: argparse.Namespace, cell: tuple[str, float], count: int = 4)
 
 def main() -> None:
     arguments = parse_arguments()
-    cells = [(weights, overlap) for overlap in OVERLAPS for weights in ("triangle", "comb")] + [("none", 0.25)]
+    cells = [(weights, overlap) for overlap in arguments.overlaps for weights in ("triangle", "comb")]
+    cells.append(("none", 0.25))
     make_pieces(arguments, cells)
     rows = [json.loads(line) for line in (arguments.data / "test.jsonl").read_text().splitlines()]
     order = np.random.default_rng(0).permutation(len(rows))[: arguments.clips]

@@ -16,7 +16,7 @@ from slideshow import SIDE, add_music_arguments, load_pipeline, make_music, read
 from melfusion_pipeline.film import Film, choose_frame, find_shots, read_film, read_shots, split_shots, stretches
 from melfusion_pipeline.onsets import draw_spectrogram, find_onsets, share_met, share_met_by_chance
 from melfusion_pipeline.plotting import plot_storyboard
-from melfusion_pipeline.scoring import write_scored_film
+from melfusion_pipeline.scoring import check_container, write_scored_film
 
 EXAMPLES = Path(__file__).parent
 sys.path.append(str(EXAMPLES / "small_checkpoint"))
@@ -65,6 +65,7 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.exists() and output.samefile(film.path):
         raise ValueError(f"--output is the film itself, {str(output)!r}: write to another file.")
+    check_container(output, film)
     shots = read_shots(arguments.shots, film.duration) if arguments.shots else find_shots(film)
     starts, shot_of = split_shots(shots, film.duration, LONGEST)
     prompt = read_prompts(arguments, len(shots))

@@ -7,7 +7,9 @@ import bisect
 import heapq
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -207,16 +209,44 @@ def write_scored_film(
             sound = _mix(sound, film, sampling_rate, waveform.shape[0], old_sound == "duck", old_sound_gain_in_db)
         with _create(temporary) as container:
             container.metadata.update(source.metadata)
-            try:
-                copied = container.add_stream_from_template(stream)
+            with _naming_what_cannot_be_copied(stream, path):
+                copied = _add_copied_stream(container, stream)
                 packets = (packet for packet in source.demux(stream) if packet.size)
                 progress = logging.tqdm(packets, total=film.num_frames, desc=f"Writing {path.name}", unit=" pictures")
                 _mux(container, _copy(progress, copied, film.start), _encode_sound(container, sound))
-            # FFmpeg's refusals are ValueErrors as well; a full disk is none.
-            except ValueError as error:
-                name = stream.codec_context.name
-                message = f"the pictures ({name}) cannot be copied into {str(path)!r}: {error} A .mkv takes all kinds."
-                raise ValueError(message) from error
+
+
+def check_container(path: str | os.PathLike, film: Film) -> None:
+    """Refuses what `write_scored_film` would refuse of a path, before minutes of music are made for it.
+
+    Args:
+        path: The file to write.
+        film: The film whose pictures it is to hold.
+
+    Raises:
+        ValueError: If the suffix is no container's, or the container does not take the film's pictures.
+    """
+    path = Path(path)
+    with open_film(film.path) as source, tempfile.TemporaryDirectory() as folder:
+        stream = picture_stream(source, film.path)
+        with _create(Path(folder, path.name)) as container, _naming_what_cannot_be_copied(stream, path):
+            _add_copied_stream(container, stream)
+
+
+def _add_copied_stream(container: "av.container.OutputContainer", stream: "av.VideoStream") -> "av.VideoStream":
+    # Without `opaque` PyAV looks for an encoder of the decoder's name: there is none for AV1 and Theora.
+    return container.add_stream_from_template(stream, opaque=True)
+
+
+@contextmanager
+def _naming_what_cannot_be_copied(stream: "av.VideoStream", path: Path) -> Iterator[None]:
+    try:
+        yield
+    # FFmpeg's refusals are ValueErrors as well; a full disk is none.
+    except ValueError as error:
+        name = stream.codec_context.name
+        message = f"the pictures ({name}) cannot be copied into {str(path)!r}: {error} A .mkv takes all kinds."
+        raise ValueError(message) from error
 
 
 def _copy(packets: Iterable["av.Packet"], copied: "av.VideoStream", start: float) -> Iterator["av.Packet"]:

@@ -129,6 +129,7 @@ def test_what_cannot_become_a_slide_show_or_a_film_is_refused_by_name(folder, mo
         ((slideshow, folder / "pictures" / "notes.txt"), "notes.txt' cannot be read as a picture"),
         ((slideshow, folder / "pictures", "--size", "wide"), "'wide' is no size such as 1280x720"),
         ((score_film, folder / "film.mp4", "--output", folder / "film.mp4"), "--output is the film itself"),
+        ((score_film, folder / "film.mp4", "--output", folder / "film.webm"), "(h264) cannot be copied into"),
         ((score_film, folder / "pictures" / "1.png.mp4"), "1.png.mp4"),
     ):
         monkeypatch.setattr(sys, "argv", list(map(str, [command[0].__name__, *command[1:]])))

@@ -18,7 +18,7 @@ from processes import prints, start
 from melfusion_pipeline import film as film_module
 from melfusion_pipeline.film import choose_frame, find_shots, read_film, read_frames, read_shots, split_shots
 from melfusion_pipeline.onsets import find_onsets, move_to_onsets, share_met, share_met_by_chance
-from melfusion_pipeline.scoring import write_scored_film, write_slideshow
+from melfusion_pipeline.scoring import check_container, write_scored_film, write_slideshow
 
 
 def read_sound(path, rate=RATE):
@@ -404,7 +404,22 @@ def test_films_that_cannot_be_written_are_refused(tmp_path):
         arguments = {"path": tmp_path / "scored.mp4", "film": film, "waveform": music, "sampling_rate": RATE}
         with pytest.raises(ValueError, match=message):
             write_scored_film(**arguments | changes)
+    for name, message in (
+        ("scored.webm", r"\(h264\) cannot be copied into .*scored.webm'"),
+        ("a.txt", "is no suffix"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_container(tmp_path / name, film)
+    check_container(tmp_path / "scored.mkv", film)
     assert [file.name for file in tmp_path.iterdir()] == ["film.mp4"]
+
+
+def test_films_are_copied_whose_decoder_has_no_encoder_of_its_name(tmp_path):
+    """AV1 is decoded by dav1d, which writes nothing."""
+    film = read_film(write_film(tmp_path / "film.mp4", codec="libsvtav1"))
+    for suffix in (".mp4", ".mkv"):
+        write_scored_film(tmp_path / f"scored{suffix}", film, clicks([1], 4), RATE)
+        assert packets(tmp_path / f"scored{suffix}") == packets(film.path)
 
 
 def test_a_webm_is_scored_with_opus(tmp_path):
