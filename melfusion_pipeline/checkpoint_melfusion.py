@@ -32,14 +32,14 @@ from .files_melfusion import staged_folder
 
 logger = logging.get_logger(__name__)
 
-# In an index without components of its own: the folder in which they lie.
+# Under this key an index without components names the folder that holds them.
 CHECKPOINT_KEY = "_checkpoint"
 # What AudioLDM and MusicLDM were trained on; the `sample_size` of their published UNets is half of it.
 BASE_LENGTH_IN_S = 10.24
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # What the libraries read beside weights: configurations, vocabularies, sentencepiece models.
 TEXT_SUFFIXES = (".json", ".txt", ".model")
-# The JSON files of a checkpoint and what each must say: one of these, or it is empty or another file.
+# Every JSON file of this name holds one of these keys at least; one without is damaged, or another file.
 IDENTITY_KEYS = {
     "config.json": ("_class_name", "model_type"),
     "scheduler_config.json": ("_class_name",),
@@ -76,12 +76,13 @@ class CheckpointMixin:
             music_model: Hub id or folder of an AudioLDM or MusicLDM checkpoint.
             synapse: Hub id or folder (of a synapse alone or of a whole pipeline), a `VisualSynapse`, or None:
                 untrained, with alpha = 0, so that the music does not follow the picture yet.
-            variant: Of the weights, such as "fp16"; components without such files are read from their plain ones.
-            image_variant: Of `image_model`. None is `variant`.
-            music_variant: Of `music_model`. None is `variant`.
+            variant: The variant of the weights, such as "fp16"; a component that has no such files is read from its
+                plain ones.
+            image_variant: The variant of `image_model`. None is `variant`.
+            music_variant: The variant of `music_model`. None is `variant`.
             revision: Branch, tag or commit of the Hub repositories.
-            image_revision: Of `image_model`. None is `revision`.
-            music_revision: Of `music_model`. None is `revision`.
+            image_revision: The revision of `image_model`. None is `revision`.
+            music_revision: The revision of `music_model`. None is `revision`.
             **kwargs: `torch_dtype` (or dtype), `cache_dir`, `token`, `local_files_only`, ..., as `from_pretrained`
                 takes them.
 
@@ -287,8 +288,8 @@ class _Source:
     Args:
         argument: The name of the argument that says where it is.
         name: The folder or the Hub id.
-        variant: Of the weights.
-        revision: On the Hub.
+        variant: The variant of the weights, such as "fp16".
+        revision: Branch, tag or commit of the Hub repository.
         **hub: The other `HUB_ARGUMENTS`.
 
     Raises:

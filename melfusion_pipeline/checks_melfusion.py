@@ -19,7 +19,7 @@ from .features_melfusion import FEATURE_SOURCES, ImageFeatures
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("np", "pt", "mel", "latent")
-# Beyond these a typing error is likelier than a machine that can do it.
+# Larger values are taken for slips of the keyboard: no machine could compute them.
 MAX_AUDIO_LENGTH_IN_S = 3600.0
 MAX_WAVEFORMS_PER_PROMPT = 1000
 MAX_IMAGE_SIZE = 8192
@@ -422,7 +422,7 @@ def check_finite(stage: str, *tensors: torch.Tensor, dtype: torch.dtype | None =
     Args:
         stage: What was computed, in words.
         tensors: The results, of any shape.
-        dtype: In which it was computed. None is that of the first tensor.
+        dtype: The dtype in which it was computed. None is that of the first tensor.
 
     Raises:
         FloatingPointError: Naming the stage, the likely causes and the remedy.

@@ -34,7 +34,8 @@ logger = logging.get_logger(__name__)
 COLUMNS = ("image", "audio", "caption", "start", "duration", "genre", "split")
 MELBENCH_COLUMNS = {"image": "img_path", "audio": "location", "caption": "captions"}
 SILENCE = 1e-4
-# What `surrogateescape` makes of bytes that are not UTF-8, those that cp1252 leaves undefined, and proper letters.
+# In text decoded with `surrogateescape`: bytes that are not UTF-8, bytes that cp1252 leaves undefined, and characters
+# that were decoded well.
 NOT_UTF8 = re.compile("[\udc80-\udcff]")
 NOT_CP1252 = re.compile("[\udc81\udc8d\udc8f\udc90\udc9d]")
 BEYOND_ASCII = re.compile("[^\x00-\x7f\udc80-\udcff]")

@@ -61,7 +61,7 @@ class ClapExtractor:
         Args:
             pretrained_model_name_or_path: The id or the folder.
             device: Where the model runs.
-            dtype: Of its weights.
+            dtype: The dtype of its weights.
             batch_size: Number of items a forward pass.
         """
         model = ClapModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype, use_safetensors=True)
@@ -75,7 +75,7 @@ class ClapExtractor:
         Args:
             audio: `[N, T]`.
             text: N strings.
-            sampling_rate: Of `audio`, in Hz.
+            sampling_rate: The sampling rate of `audio`, in Hz.
 
         Returns:
             `[N, D]`, rows of unit length.
@@ -97,7 +97,7 @@ class ClapExtractor:
         Args:
             audio: `[N, T]`.
             text: C captions.
-            sampling_rate: Of `audio`, in Hz.
+            sampling_rate: The sampling rate of `audio`, in Hz.
 
         Returns:
             `[N, C]`, rows summing to 1.
@@ -210,7 +210,7 @@ class _AudioExtractor:
 
         Args:
             audio: `[N, T]`.
-            sampling_rate: Of `audio`, in Hz.
+            sampling_rate: The sampling rate of `audio`, in Hz.
 
         Returns:
             `[N, D]`, or `[N, F, D]` where the class says so.
@@ -235,7 +235,7 @@ class _AudioClassifier(_AudioExtractor):
 
         Args:
             audio: `[N, T]`.
-            sampling_rate: Of `audio`, in Hz.
+            sampling_rate: The sampling rate of `audio`, in Hz.
 
         Returns:
             `[N, classes]`, rows summing to 1.

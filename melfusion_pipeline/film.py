@@ -32,7 +32,7 @@ except ImportError as error:
     raise ImportError("Slide shows and films need the extra `film`: pip install .[film]") from error
 
 FRAME_RATE = 25
-# PySceneDetect's own default is 15 pictures, which is no time where the frame rate varies.
+# In seconds: where the frame rate varies, PySceneDetect's default of 15 pictures stands for no fixed time.
 SHORTEST_SHOT = 0.5
 # The column with the shots' beginnings, as we and as PySceneDetect (`list-scenes --skip-cuts`) write it.
 SHOT_COLUMNS = ("start", "Start Time (seconds)")
@@ -103,7 +103,7 @@ def read_frames(film: Film, times: Iterable[float]) -> Iterator[PIL.Image.Image]
 
     Args:
         film: The film.
-        times: In seconds from the first picture; ascending times are read fastest.
+        times: Times in seconds from the first picture; ascending times are read fastest.
 
     Yields:
         RGB pictures as a player shows them: turned as the file's metadata says, with square pixels.
@@ -122,7 +122,7 @@ def read_frames(film: Film, times: Iterable[float]) -> Iterator[PIL.Image.Image]
                 if time < since or passed:
                     container.seek(round((film.start + time) / stream.time_base), stream=stream)
                     frames, shown, coming = container.decode(stream), None, None
-                # Half a frame of a film with 1,000 a second: times are rounded on their way.
+                # Times are rounded on their way; 0.0005 s is less than a frame of any film lasts.
                 while shown is None or (coming is not None and coming.time - film.start <= time + 0.0005):
                     shown = coming if coming is not None else next(frames)
                     coming = next(frames, None)
@@ -219,7 +219,7 @@ def find_shots(film: Film) -> list[float]:
     Returns:
         The second at which each shot begins; the first is 0. A film without a cut is one shot.
     """
-    # Otherwise FFmpeg's log would be let loose for the rest of the process.
+    # Without `suppress_output` FFmpeg would print its log for the rest of the process.
     video = scenedetect.open_video(os.fspath(film.path), backend="pyav", suppress_output=True)
     manager = scenedetect.SceneManager()
     manager.add_detector(scenedetect.AdaptiveDetector(min_scene_len=SHORTEST_SHOT))
@@ -234,7 +234,7 @@ def read_shots(path: str | os.PathLike, duration: float) -> list[float]:
     Args:
         path: A table with a header and a column `start`, in seconds, a row a shot. A table that PySceneDetect wrote
             (`list-scenes --skip-cuts`) will do.
-        duration: Of the film, in seconds.
+        duration: The length of the film in seconds.
 
     Returns:
         The second at which each shot begins; 0 is put before them where it is missing.
@@ -274,7 +274,7 @@ def split_shots(starts: Sequence[float], duration: float, longest: float) -> tup
 
     Args:
         starts: Where each shot begins, in seconds.
-        duration: Of the film, in seconds.
+        duration: The length of the film in seconds.
         longest: The longest stretch, in seconds.
 
     Returns:

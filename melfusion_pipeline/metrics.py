@@ -152,8 +152,8 @@ def kl_divergence(probabilities: np.ndarray, reference_probabilities: np.ndarray
     As audioldm_eval and AudioGen (arXiv 2209.15352) compute it, 1e-6 is added to the generated probabilities.
 
     Args:
-        probabilities: Of the generated clips, `[N, C]`, rows summing to 1.
-        reference_probabilities: Of the real clips with the same prompts in the same order, `[N, C]`.
+        probabilities: Those of the generated clips, `[N, C]`, rows summing to 1.
+        reference_probabilities: Those of the real clips with the same prompts in the same order, `[N, C]`.
 
     Returns:
         `[N]`, in nats.

@@ -28,7 +28,7 @@ def find_onsets(waveform: np.ndarray | torch.Tensor, sampling_rate: int) -> tupl
 
     Args:
         waveform: `[T]`, mono.
-        sampling_rate: Of `waveform`, in Hz.
+        sampling_rate: The sampling rate of `waveform`, in Hz.
 
     Returns:
         The onsets' times in seconds `[N]`, ascending, and their strengths `[N]` (the square root of the spectral
@@ -63,7 +63,7 @@ def draw_spectrogram(waveform: np.ndarray | torch.Tensor, sampling_rate: int, nu
 
     Args:
         waveform: `[T]`, mono, of any length.
-        sampling_rate: Of `waveform`, in Hz.
+        sampling_rate: The sampling rate of `waveform`, in Hz.
         num_columns: At most about so many frames; a long piece is looked at now and then.
 
     Returns:
@@ -82,7 +82,7 @@ def move_to_onsets(
 
     Args:
         starts: Where each picture begins, in seconds; the first is 0 and stays.
-        duration: Of the whole, in seconds.
+        duration: The length of the whole in seconds.
         onsets: The music's onsets in seconds, `[N]`.
         strengths: How strong each is, `[N]`.
         reach: How far a change may move, in seconds; at most a third of the stretch on that side, so that changes
@@ -105,8 +105,8 @@ def share_met(cuts: Sequence[float], onsets: np.ndarray, tolerance: float = TOLE
     """Counts the cuts that meet the music.
 
     Args:
-        cuts: In seconds.
-        onsets: In seconds, `[N]`.
+        cuts: The times of the cuts in seconds.
+        onsets: The times of the onsets in seconds, `[N]`.
         tolerance: How far from a cut an onset may lie, in seconds.
 
     Returns:
@@ -130,9 +130,9 @@ def share_met_by_chance(
     Choosing the best of several is part of it, so that the number stands beside that of a chosen variation.
 
     Args:
-        cuts: In seconds.
+        cuts: The times of the cuts in seconds.
         variations: The onsets of each variation, in seconds, `[N]` each.
-        duration: Of the film, in seconds.
+        duration: The length of the film in seconds.
         generator: Draws the shifts.
         num_shifts: How many.
 

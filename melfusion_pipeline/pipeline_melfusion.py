@@ -57,20 +57,20 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
     classes do not know of these locks: do not run them on the same UNets at the same time.
 
     Args:
-        vae: Of mel spectrograms, as in AudioLDM.
+        vae: The autoencoder of mel spectrograms, as in AudioLDM.
         text_encoder: CLAP's text tower.
-        tokenizer: Of `text_encoder`.
+        tokenizer: The tokenizer of `text_encoder`.
         unet: The text-to-music UNet, conditioned on CLAP embeddings by `class_labels` (AudioLDM, MusicLDM).
-        scheduler: Of the music latents: a diffusers scheduler that steps through the noise schedule of the training,
-            such as DDIM, Euler, Heun, PNDM, DPM-Solver++ or UniPC. Those that count time in another way (flow
-            matching, EDM, IPNDM) are refused.
+        scheduler: Denoises the music latents: a diffusers scheduler that steps through the noise schedule of the
+            training, such as DDIM, Euler, Heun, PNDM, DPM-Solver++ or UniPC. Those that count time in another way
+            (flow matching, EDM, IPNDM) are refused.
         vocoder: Log-mel spectrogram to waveform.
-        image_vae: Of pictures, as in Stable Diffusion. This and all that follow may be None: text-to-music needs none
-            of them, and for `image_features` the synapse is enough.
-        image_text_encoder: Of the picture's prompt. If None, the picture's UNet is conditioned on zeros.
-        image_tokenizer: Of `image_text_encoder`.
+        image_vae: The autoencoder of pictures, as in Stable Diffusion. This component and those that follow may be
+            None: text-to-music needs none of them, and for `image_features` the synapse is enough.
+        image_text_encoder: Encodes the picture's prompt. If None, the picture's UNet is conditioned on zeros.
+        image_tokenizer: The tokenizer of `image_text_encoder`.
         image_unet: The text-to-image UNet, `epsilon` or `v_prediction`.
-        image_scheduler: Its noise schedule.
+        image_scheduler: The noise schedule of `image_unet`.
         synapse: A `VisualSynapse` between the two UNets.
         default_num_inference_steps: The denoising steps of a call that names none. This and the following settings are
             stored in `model_index.json`: what a checkpoint was evaluated with comes with it.
@@ -229,8 +229,8 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
         Args:
             batch_size: The number of waveforms.
             audio_length_in_s: Their length in seconds.
-            dtype: Of the result.
-            device: Of the result.
+            dtype: The dtype of the latents.
+            device: Where the latents are to lie.
             generator: For reproducible noise; one, or one for each waveform.
             latents: Unscaled noise `[batch_size, channels, time, frequency]`, in place of the generator's.
 
@@ -372,7 +372,7 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
                 `[1, 3 or 4, height, width]`, batches or lists of them, uint8 or float in [0, 1]. None is plain
                 text-to-music.
             prompt: One text or a list. With a picture it may be left out.
-            audio_length_in_s: In seconds. None is the UNet's own length.
+            audio_length_in_s: The length of the music in seconds. None is the UNet's own length.
             num_inference_steps: Denoising steps of the music. None is the checkpoint's default, as for the next three:
                 what it was evaluated with (`pipe.config.default_num_inference_steps`, ...).
             num_inversion_steps: Inversion steps of the picture; each music step uses the features nearest in time.

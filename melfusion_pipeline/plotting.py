@@ -151,7 +151,7 @@ def picture_influence(pipe: Any, image_features: Any, **arguments: Any) -> dict[
 
     Args:
         pipe: A `MelFusionPipeline`.
-        image_features: Of one picture, as `pipe.encode_image` returns them.
+        image_features: Those of one picture, as `pipe.encode_image` returns them.
         **arguments: What the pipeline is called with besides, such as `prompt` and `num_inference_steps`.
 
     Returns:
@@ -240,8 +240,8 @@ def plot_picture_influence(
     Args:
         influence: What `picture_influence` returns.
         image: The picture; it is cropped to the square that the pipeline saw.
-        audio_length_in_s: Of the music, in seconds.
-        num_spans: In how many equal spans the music is cut.
+        audio_length_in_s: The length of the music in seconds.
+        num_spans: How many equal spans the music is cut into.
 
     Returns:
         A figure with a row a layer, deepest first: the whole time, then the spans. A layer's alpha is written beside

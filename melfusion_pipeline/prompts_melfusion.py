@@ -17,7 +17,7 @@ def tokenize(tokenizer: Any, texts: list[str], max_length: int, device: torch.de
     """Turns texts into tokens, padded to one length; a text that is longer is cut with a warning.
 
     Args:
-        tokenizer: Of transformers.
+        tokenizer: A tokenizer of transformers.
         texts: The texts.
         max_length: The length in tokens.
         device: Where the tokens are to lie.

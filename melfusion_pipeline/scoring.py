@@ -54,7 +54,7 @@ def write_slideshow(
         pictures: Of any size and mode; they are taken one at a time, so a generator may open them as they are needed.
         starts: Where each picture begins, in seconds; the first is 0.
         waveform: `[T]` or `[C, T]` in [-1, 1]; the film is as long as it is.
-        sampling_rate: Of `waveform`, in Hz.
+        sampling_rate: The sampling rate of `waveform`, in Hz.
         size: Width and height in pixels, even.
         crop: Fill the size and lose what lies outside, instead of putting black beside or above the picture.
         fade_in_s: How long one picture takes to become the next, half of it before the change; at most as long as the
@@ -109,7 +109,7 @@ def _slideshow_frames(
         # The frame nearest to a change is the first to show the new picture.
         time = (number + 0.5) / FRAME_RATE
         index = bisect.bisect(starts, time) - 1
-        # The change in whose fade this frame may lie: the last or the next.
+        # Only two changes can have a fade that shows in this frame: the last one and the next.
         change = index if index and time - starts[index] < fades[index - 1] / 2 else index + 1
         fading = change < len(starts) and 0 < change and abs(time - starts[change]) < fades[change - 1] / 2
         for needed in range(max(fitted, default=-1) + 1, (change if fading else index) + 1):
@@ -181,7 +181,7 @@ def write_scored_film(
             complete or absent, and must not be the film itself.
         film: The film.
         waveform: `[T]` or `[C, T]` in [-1, 1]; it is cut, or followed by silence, where the film ends.
-        sampling_rate: Of `waveform`, in Hz.
+        sampling_rate: The sampling rate of `waveform`, in Hz.
         old_sound: `"drop"`, `"keep"` it under the music, or `"duck"`: the music steps back where the old sound,
             speech for example, is loud. A film without sound has nothing to keep.
         old_sound_gain_in_db: Added to the level of the old sound that is kept.

@@ -48,7 +48,7 @@ def freeze(pipe: DiffusionPipeline, trainable: str, dtype: torch.dtype = torch.f
     Args:
         pipe: The pipeline, changed in place.
         trainable: `"synapse"` (alphas and projections) or `"unet"` (the music UNet as well, as the paper does).
-        dtype: Of the frozen parts.
+        dtype: The dtype of the frozen parts.
 
     Raises:
         ValueError: If `trainable` is neither.

@@ -48,7 +48,7 @@ class MusicVocoder(ModelMixin, ConfigMixin):
     The same spectrogram always gives the same waveform.
 
     Args:
-        sampling_rate: Of the waveform, in Hz.
+        sampling_rate: The sampling rate of the waveform, in Hz.
         upsample_rates: Their product is the number of samples a frame.
         model_in_dim: Bands of the spectrogram.
         mel_mean: Mean of the spectrograms, subtracted from them.
@@ -58,7 +58,7 @@ class MusicVocoder(ModelMixin, ConfigMixin):
         num_layers: Blocks.
         lowest_tone: Frequency of the lowest oscillator in Hz; the highest lies just below half the sampling rate.
         tones_per_octave: Oscillators an octave.
-        fft_length: Of the short-time spectrum, in samples.
+        fft_length: The length of the short-time spectrum in samples.
 
     Raises:
         ValueError: If `fft_length` is less than two frames, or `lowest_tone` not below half the sampling rate.

@@ -26,7 +26,7 @@ class Windows:
         length: The frames of each window.
         starts: The first frame of each window, ascending; the last window ends at the piece's last frame.
         margin: The frames at either end of a window that are discarded where another window holds them too.
-        image_starts: Of a storyboard: where each picture begins, in frames, ascending from 0. The last one lasts to
+        image_starts: Where each picture of a storyboard begins, in frames, ascending from 0. The last one lasts to
             the end.
     """
 
