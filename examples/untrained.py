@@ -225,21 +225,39 @@ def picture_components() -> dict:
     }
 
 
-def untrained_components(seed: int = 0, mel_bands: int = 8, latent_frames: int = 8) -> dict:
+def text_components(mel_bands: int) -> dict:
+    """The text-to-music side with one text sequence, as in Tango, without its UNet."""
+    return music_components(mel_bands) | t5_components()
+
+
+# The music side of each family of music models: its UNet, and all the rest.
+FAMILIES = {
+    "audioldm": (music_unet, music_components),
+    "audioldm2": (audioldm2_unet, audioldm2_components),
+    "text": (text_unet, text_components),
+}
+
+
+def untrained_components(
+    seed: int = 0, mel_bands: int = 8, latent_frames: int = 8, family: str = "audioldm", layers: str | None = None
+) -> dict:
     """Builds every component of a pipeline in eval mode, with random weights.
 
     Args:
         seed: Of the weights.
         mel_bands: Of the spectrogram; a multiple of 4.
         latent_frames: The default length of the music, in latent frames of 0.04 s.
+        family: Of the music model: "audioldm", "audioldm2" or "text" (a UNet with one text sequence).
+        layers: As `VisualSynapse.from_unets` takes it.
 
     Returns:
         The keyword arguments of `MelFusionPipeline`. The synapse has random alphas, so that the picture counts.
     """
     torch.manual_seed(seed)
-    image_unet, unet = picture_unet(), music_unet(sample_size=latent_frames)
-    components = {**music_components(mel_bands), **picture_components(), "image_unet": image_unet, "unet": unet}
-    components["synapse"] = VisualSynapse.from_unets(image_unet, unet)
+    make_unet, make_music = FAMILIES[family]
+    image_unet, unet = picture_unet(), make_unet(sample_size=latent_frames)
+    components = {**make_music(mel_bands), **picture_components(), "image_unet": image_unet, "unet": unet}
+    components["synapse"] = VisualSynapse.from_unets(image_unet, unet, layers=layers)
     torch.nn.init.uniform_(components["synapse"].alphas, 0.2, 0.8)
     for component in components.values():
         if isinstance(component, torch.nn.Module):

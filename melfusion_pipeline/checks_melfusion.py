@@ -309,20 +309,20 @@ def check_components(pipe: Any) -> None:
     """
     for name in ("scheduler", "image_scheduler"):
         _check_scheduler(name, getattr(pipe, name))
-    if pipe.unet is not None and pipe.unet.config.class_embed_type != "simple_projection":
-        raise ValueError(
-            "`unet` must condition on CLAP embeddings, but its class_embed_type is"
-            f" {pipe.unet.config.class_embed_type!r}: is it the picture's?"
-        )
+    pipe.prompts.check_components()
     for name, channels in (("vae", 1), ("image_vae", 3)):
         vae = getattr(pipe, name)
         if vae is not None and vae.config.out_channels != channels:
-            raise ValueError(f"`{name}` must decode to {channels} channels, but has {vae.config.out_channels}.")
-    for name in ("", "image_"):
-        tokenizer, encoder = getattr(pipe, f"{name}tokenizer"), getattr(pipe, f"{name}text_encoder")
+            stereo = " Stereo music is not served." if (name, vae.config.out_channels) == ("vae", 2) else ""
+            raise ValueError(
+                f"`{name}` must decode to {channels} channels, but has {vae.config.out_channels}.{stereo}"
+            )
+    for tokenizer_name in ("tokenizer", "tokenizer_2", "image_tokenizer"):
+        encoder_name = tokenizer_name.replace("tokenizer", "text_encoder")
+        tokenizer, encoder = getattr(pipe, tokenizer_name), getattr(pipe, encoder_name)
         if None not in (tokenizer, encoder) and len(tokenizer) > encoder.config.vocab_size:
             raise ValueError(
-                f"`{name}tokenizer` knows {len(tokenizer)} tokens, but `{name}text_encoder` only"
+                f"`{tokenizer_name}` knows {len(tokenizer)} tokens, but `{encoder_name}` only"
                 f" {encoder.config.vocab_size}: they do not belong together."
             )
 

@@ -8,6 +8,7 @@ from diffusers.utils import logging
 
 from .checks_melfusion import check_finite, check_image_inputs
 from .decoding_melfusion import own_size
+from .families_melfusion import text_lengths
 from .features_melfusion import ImageFeatures
 from .inversion_melfusion import record_image_features
 from .locks_melfusion import one_at_a_time
@@ -138,7 +139,11 @@ class EncodingMixin:
         return embeds.expand(num_images, -1, -1)
 
     def fit_image_features(
-        self, image_features: ImageFeatures, latents: torch.Tensor, synapse_scale: float | list[float] = 1.0
+        self,
+        image_features: ImageFeatures,
+        latents: torch.Tensor,
+        synapse_scale: float | list[float] = 1.0,
+        prompts: dict[str, torch.Tensor] | None = None,
     ) -> tuple[ImageFeatures, torch.Tensor]:
         """Fits recorded features to the music UNet, once for all denoising steps (visual synapse, method section 2).
 
@@ -146,10 +151,12 @@ class EncodingMixin:
             image_features: As recorded.
             latents: The music latents `[batch, channels, time, frequency]`, for their size.
             synapse_scale: Multiplies every alpha, or one number for each layer.
+            prompts: The UNet's arguments, for the lengths of its text sequences; needed where the synapse blends
+                layers that attend to them.
 
         Returns:
             The features by layer of the music UNet, and the scaled alphas `[layers]`.
         """
-        num_tokens = self.synapse.num_tokens(*latents.shape[-2:])
+        num_tokens = self.synapse.num_tokens(*latents.shape[-2:], text_lengths(prompts or {}))
         keys, values, alphas = self.synapse(image_features.keys, image_features.values, num_tokens, synapse_scale)
         return replace(image_features, keys=keys, values=values), alphas

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
+    AudioLDM2ProjectionModel,
+    AudioLDM2UNet2DConditionModel,
     AudioPipelineOutput,
     AutoencoderKL,
     DiffusionPipeline,
@@ -20,8 +22,11 @@ from transformers import (
     ClapTextModelWithProjection,
     CLIPTextModel,
     CLIPTokenizer,
+    GPT2LMHeadModel,
     RobertaTokenizer,
     SpeechT5HifiGan,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 
 from .attention_melfusion import KVBlenders, use_attn_processors
@@ -30,6 +35,7 @@ from .checks_melfusion import check_branches, check_call, check_finite, warn_if_
 from .decoding_melfusion import DecodingMixin
 from .denoising_melfusion import NoisePredictor
 from .encoding_melfusion import EncodingMixin
+from .families_melfusion import AudioLDM2Prompts, TextPrompts, family_of_pipeline, text_tower
 from .features_melfusion import ImageFeatures
 from .files_melfusion import atomic_write  # noqa: F401 - remote code gets only the files that are named here
 from .guidance_melfusion import Guidance, branch_alphas
@@ -58,9 +64,11 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
 
     Args:
         vae: The autoencoder of mel spectrograms, as in AudioLDM.
-        text_encoder: CLAP's text tower.
+        text_encoder: CLAP's text tower, of a whole `ClapModel` too; T5's encoder for a UNet with one text sequence.
         tokenizer: The tokenizer of `text_encoder`.
-        unet: The text-to-music UNet, conditioned on CLAP embeddings by `class_labels` (AudioLDM, MusicLDM).
+        unet: The text-to-music UNet. It tells what the other components must be: AudioLDM's and MusicLDM's is
+            conditioned on CLAP embeddings by `class_labels`, AudioLDM 2's on two text sequences, and a
+            `UNet2DConditionModel` without `class_labels` on one (as Tango's).
         scheduler: Denoises the music latents: a diffusers scheduler that steps through the noise schedule of the
             training, such as DDIM, Euler, Heun, PNDM, DPM-Solver++ or UniPC. Those that count time in another way
             (flow matching, EDM, IPNDM) are refused.
@@ -72,6 +80,10 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
         image_unet: The text-to-image UNet, `epsilon` or `v_prediction`.
         image_scheduler: The noise schedule of `image_unet`.
         synapse: A `VisualSynapse` between the two UNets.
+        text_encoder_2: T5's encoder. This and the following three are AudioLDM 2's, None for other music models.
+        tokenizer_2: The tokenizer of `text_encoder_2`.
+        projection_model: Brings both text encoders to the width of `language_model`.
+        language_model: The GPT-2 that makes tokens for the music UNet of both.
         default_num_inference_steps: The denoising steps of a call that names none. This and the following settings are
             stored in `model_index.json`: what a checkpoint was evaluated with comes with it.
         default_guidance_scale: Likewise, the strength of the text.
@@ -82,7 +94,10 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
             one that `unet` names.
     """
 
-    model_cpu_offload_seq = "text_encoder->image_text_encoder->image_vae->image_unet->synapse->unet->vae->vocoder"
+    model_cpu_offload_seq = (
+        "text_encoder->text_encoder_2->projection_model->language_model"
+        "->image_text_encoder->image_vae->image_unet->synapse->unet->vae->vocoder"
+    )
     # Text-to-music needs none of these; with recorded features the synapse is enough.
     _optional_components = [
         "image_vae",
@@ -91,6 +106,10 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
         "image_unet",
         "image_scheduler",
         "synapse",
+        "text_encoder_2",
+        "tokenizer_2",
+        "projection_model",
+        "language_model",
     ]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
     # Of the class, so that all pipelines find the same lock for the same component.
@@ -99,9 +118,9 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
     def __init__(
         self,
         vae: AutoencoderKL,
-        text_encoder: ClapTextModelWithProjection,
-        tokenizer: RobertaTokenizer,
-        unet: UNet2DConditionModel,
+        text_encoder: ClapTextModelWithProjection | T5EncoderModel,
+        tokenizer: RobertaTokenizer | T5Tokenizer,
+        unet: UNet2DConditionModel | AudioLDM2UNet2DConditionModel,
         scheduler: SchedulerMixin,
         vocoder: SpeechT5HifiGan | ModelMixin,
         image_vae: AutoencoderKL | None,
@@ -110,6 +129,10 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
         image_unet: UNet2DConditionModel | None,
         image_scheduler: SchedulerMixin | None,
         synapse: ModelMixin | None,
+        text_encoder_2: T5EncoderModel | None = None,
+        tokenizer_2: T5Tokenizer | None = None,
+        projection_model: AudioLDM2ProjectionModel | None = None,
+        language_model: GPT2LMHeadModel | None = None,
         default_num_inference_steps: int = 50,
         default_guidance_scale: float = 3.0,
         default_image_guidance_scale: float | None = None,
@@ -119,7 +142,7 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
         super().__init__()
         self.register_modules(
             vae=vae,
-            text_encoder=text_encoder,
+            text_encoder=text_tower(text_encoder),
             tokenizer=tokenizer,
             unet=unet,
             scheduler=scheduler,
@@ -130,6 +153,10 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
             image_unet=image_unet,
             image_scheduler=image_scheduler,
             synapse=synapse,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            projection_model=projection_model,
+            language_model=language_model,
         )
         self.register_to_config(
             default_num_inference_steps=default_num_inference_steps,
@@ -145,9 +172,9 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
     check_inputs = check_call
 
     @property
-    def prompts(self) -> ClapPrompts:
+    def prompts(self) -> ClapPrompts | AudioLDM2Prompts | TextPrompts:
         """How a prompt becomes arguments of this music UNet."""
-        return ClapPrompts(self)
+        return family_of_pipeline(self)(self)
 
     @property
     def guidance_scale(self) -> float:
@@ -512,7 +539,7 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
         if image_features is not None:
             warn_if_trained_otherwise(self.synapse, image_features)
             window = windows.cut(latents, [0])[0]
-            image_features, alphas = self.fit_image_features(image_features, window, synapse_scale)
+            image_features, alphas = self.fit_image_features(image_features, window, synapse_scale, prompts)
             blenders, alphas = KVBlenders(self.synapse.config.music_layers), branch_alphas(alphas)
             recorded = [image_features.at_step(step) for step in image_features.nearest(timesteps).tolist()]
 

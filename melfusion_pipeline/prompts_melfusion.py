@@ -5,12 +5,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from diffusers.utils import logging
+from transformers import ClapTextModelWithProjection, RobertaTokenizer
 
 from .checks_melfusion import check_float_tensor
 from .windows_melfusion import Windows
 
 logger = logging.get_logger(__name__)
+
+# What encodes the prompts of any family; a pipeline has those of its own, and None in place of the others.
+TEXT_COMPONENTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "projection_model", "language_model")
 
 
 def tokenize(tokenizer: Any, texts: list[str], max_length: int, device: torch.device) -> Any:
@@ -36,17 +41,29 @@ def tokenize(tokenizer: Any, texts: list[str], max_length: int, device: torch.de
 class ClapPrompts:
     """AudioLDM and MusicLDM: a text is one CLAP embedding, which their UNet takes as `class_labels`.
 
-    Every family has these methods. `encode` gives embeddings in the form in which `__call__` and callbacks take them
-    (here a tensor), `check` refuses another form, `to_unet` and `from_unet` change between that form and the UNet's
-    arguments by name, each with one row a prompt, and `see` says what a window hears that lies in several pictures of
-    a storyboard with a prompt each.
+    Every family has these methods. `check_components` refuses what another family encodes with. `encode` gives
+    embeddings in the form in which `__call__` and callbacks take them (here a tensor), `check` refuses another form,
+    `to_unet` and `from_unet` change between that form and the UNet's arguments by name, each with one row a prompt,
+    and `see` says what a window hears that lies in several pictures of a storyboard with a prompt each.
 
     Args:
         pipe: The pipeline whose components encode.
     """
 
+    name = "AudioLDM"
+    unet_class = UNet2DConditionModel
+    components = {"text_encoder": ClapTextModelWithProjection, "tokenizer": RobertaTokenizer}
+
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
+
+    def check_components(self) -> None:
+        """Refuses components that do not encode texts for the pipeline's UNet; those that are None are not checked.
+
+        Raises:
+            ValueError: Naming the component.
+        """
+        check_family(self.pipe, self)
 
     def check(self, name: str, prompt_embeds: torch.Tensor) -> int:
         """Refuses embeddings that the UNet cannot take.
@@ -109,12 +126,8 @@ class ClapPrompts:
         return prompt_embeds, negative_prompt_embeds.to(device=device, dtype=dtype).expand_as(prompt_embeds)
 
     def _embed(self, texts: list[str], max_length: int | None, device: torch.device) -> torch.Tensor:
+        check_encoders(self.pipe, self)
         text_encoder, tokenizer = self.pipe.text_encoder, self.pipe.tokenizer
-        if text_encoder is None or tokenizer is None:
-            raise ValueError(
-                "Texts cannot be encoded without `text_encoder` and `tokenizer`: pass `prompt_embeds` and, for"
-                " `guidance_scale` above 1, `negative_prompt_embeds`."
-            )
         inputs = tokenize(tokenizer, texts, min(max_length or math.inf, tokenizer.model_max_length), device)
         embeds = text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask).text_embeds
         return F.normalize(embeds, dim=-1)
@@ -145,6 +158,39 @@ class ClapPrompts:
         seen, lengths = windows.see(embeds, group), windows.see(embeds.norm(dim=-1, keepdim=True), group)
         tiny = torch.finfo(seen.dtype).tiny
         return {"class_labels": seen * (lengths / seen.norm(dim=-1, keepdim=True).clamp(min=tiny))}
+
+
+def check_family(pipe: Any, family: Any) -> None:
+    """Refuses components with which another family of music models encodes texts.
+
+    Args:
+        pipe: The pipeline; components that are None are not checked.
+        family: That of its UNet.
+
+    Raises:
+        ValueError: Naming the component.
+    """
+    for name in TEXT_COMPONENTS:
+        component, wanted = getattr(pipe, name), family.components.get(name)
+        if component is not None and wanted is None:
+            raise ValueError(f"`{name}` has no use where `unet` is that of {family.name}: leave it out.")
+        found = getattr(getattr(component, "config", None), "model_type", None)
+        # Of models by others in this place too, such as quantised ones; tokenizers know no kind.
+        if found and wanted.config_class.model_type.partition("_")[0] not in found:
+            raise ValueError(
+                f"`{name}` is a {type(component).__name__}, but `unet` is that of {family.name} and needs a"
+                f" {wanted.__name__}: is one of them the picture's, or another music model's?"
+            )
+
+
+def check_encoders(pipe: Any, family: Any) -> None:
+    """Refuses texts where a component with which the family encodes them is missing."""
+    missing = [f"`{name}`" for name in family.components if getattr(pipe, name) is None]
+    if missing:
+        raise ValueError(
+            f"Texts cannot be encoded without {' and '.join(missing)}: pass `prompt_embeds` and, for `guidance_scale`"
+            " above 1, `negative_prompt_embeds`."
+        )
 
 
 def repeat_prompts(

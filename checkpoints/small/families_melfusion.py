@@ -1,0 +1,1 @@
+../../melfusion_pipeline/families_melfusion.py
