@@ -20,15 +20,15 @@ from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import (
-    ClapTextModelWithProjection,
     CLIPTextModel,
     CLIPTokenizer,
-    RobertaTokenizer,
     SpeechT5HifiGan,
 )
 
 from .checks_melfusion import check_components
+from .families_melfusion import family_of
 from .files_melfusion import staged_folder
+from .prompts_melfusion import TEXT_COMPONENTS
 
 logger = logging.get_logger(__name__)
 
@@ -66,14 +66,18 @@ class CheckpointMixin:
         music_revision: str | None = None,
         **kwargs: Any,
     ) -> DiffusionPipeline:
-        """Composes a Stable Diffusion checkpoint with an AudioLDM or MusicLDM checkpoint.
+        """Composes a Stable Diffusion checkpoint with a text-to-music checkpoint.
+
+        What the music model is, the configuration of its UNet tells: AudioLDM 2's is an
+        `AudioLDM2UNet2DConditionModel`, AudioLDM's and MusicLDM's a `UNet2DConditionModel` that takes `class_labels`,
+        others' (Tango) one that takes a text.
 
         Weights are read from safetensors where there are any, else from `.bin` files by torch's restricted unpickler,
         which runs no code; a warning names these files. `use_safetensors=True` refuses them.
 
         Args:
             image_model: Hub id or folder of a text-to-image checkpoint with a `UNet2DConditionModel`.
-            music_model: Hub id or folder of an AudioLDM or MusicLDM checkpoint.
+            music_model: Hub id or folder of a text-to-music checkpoint in diffusers' layout.
             synapse: Hub id or folder (of a synapse alone or of a whole pipeline), a `VisualSynapse`, or None:
                 untrained, with alpha = 0, so that the music does not follow the picture yet.
             variant: The variant of the weights, such as "fp16"; a component that has no such files is read from its
@@ -91,8 +95,9 @@ class CheckpointMixin:
 
         Raises:
             OSError: If files are missing, or damaged.
-            ValueError: If a UNet needs a conditioning that this pipeline does not give, the decoders do not match,
-                files hold not all of the weights or more than weights, or nothing is there of a variant.
+            ValueError: If a UNet needs a conditioning that this pipeline does not give, components or a synapse belong
+                to another music model, the decoders do not match, files hold not all of the weights or more than
+                weights, or nothing is there of a variant.
         """
         dtype = kwargs.pop("torch_dtype", None)
         dtype = kwargs.pop("dtype", dtype)
@@ -108,12 +113,16 @@ class CheckpointMixin:
         def load(component_class: type, source: _Source, subfolder: str) -> Any:
             return _load_component(component_class, source, subfolder, pickles, dtype, **kwargs)
 
+        family = family_of(_read_config(music, "unet"))
+        synapse_class = importlib.import_module(f"{__package__}.modeling_melfusion").VisualSynapse
+        if synapse is not None and not isinstance(synapse, ModelMixin):
+            synapse = _synapse_source(synapse, variant, revision, hub, cls.config_name)
+        _check_base_models(image, music, family, synapse, synapse_class)
         scheduler_config = DDIMScheduler.load_config(music.fetch("scheduler"))
         components = {
             "vae": load(AutoencoderKL, music, "vae"),
-            "text_encoder": load(ClapTextModelWithProjection, music, "text_encoder"),
-            "tokenizer": load(RobertaTokenizer, music, "tokenizer"),
-            "unet": load(UNet2DConditionModel, music, "unet"),
+            **{name: load(component, music, name) for name, component in family.components.items()},
+            "unet": load(family.unet_class, music, "unet"),
             "scheduler": load(getattr(diffusers, scheduler_config["_class_name"]), music, "scheduler"),
             "vocoder": load(SpeechT5HifiGan, music, "vocoder"),
             "image_vae": load(AutoencoderKL, image, "vae"),
@@ -122,17 +131,11 @@ class CheckpointMixin:
             "image_unet": load(UNet2DConditionModel, image, "unet"),
             "image_scheduler": load(DDIMScheduler, image, "scheduler"),
         }
-        _check_unets(components["image_unet"], components["unet"])
-        synapse_class = importlib.import_module(f"{__package__}.modeling_melfusion").VisualSynapse
         if synapse is None:
             synapse = synapse_class.from_unets(components["image_unet"], components["unet"]).to(dtype).eval()
         elif not isinstance(synapse, ModelMixin):
-            source = _Source("synapse", synapse, variant, revision, **hub)
-            folder = _follow_index(source, cls.config_name)
-            whole = f"{folder}/synapse"
-            synapse = load(synapse_class, source, whole if source.names(whole) else folder)
+            synapse = load(synapse_class, *synapse)
         _warn_of_pickles(pickles)
-        synapse.check_unets(components["image_unet"], components["unet"])
         return cls(**components, synapse=synapse, default_window_length_in_s=BASE_LENGTH_IN_S)
 
     @classmethod
@@ -246,6 +249,9 @@ class CheckpointMixin:
         """The index as the Hub needs it: pipeline and own components under their file names, not this package's."""
         config = json.loads(super().to_json_string())
         config["_class_name"] = ["pipeline_melfusion", "MelFusionPipeline"]
+        # What other families of music models encode texts with: the index of a checkpoint names what it might have.
+        for name in set(TEXT_COMPONENTS) - self.prompts.components.keys():
+            config.pop(name, None)
         for name, (module, class_name) in _own_components(config).items():
             config[name] = [module.rpartition(".")[2], class_name]
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -535,15 +541,50 @@ def _named_errors(source: str | os.PathLike) -> Iterator[None]:
         raise ValueError(f"{os.fspath(source)} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def _check_unets(image_unet: ModelMixin, unet: ModelMixin) -> None:
+def _synapse_source(
+    synapse: str | os.PathLike, variant: str | None, revision: str | None, hub: dict[str, Any], index_name: str
+) -> tuple[_Source, str]:
+    """The checkpoint that holds a synapse, alone or as a part of a pipeline, and its folder therein."""
+    source = _Source("synapse", synapse, variant, revision, **hub)
+    folder = _follow_index(source, index_name)
+    whole = f"{folder}/synapse"
+    return source, whole if source.names(whole) else folder
+
+
+def _read_config(source: _Source, subfolder: str) -> dict[str, Any]:
+    """The configuration of a model."""
+    if "config.json" not in source.names(subfolder):
+        raise FileNotFoundError(f"{os.path.join(source.name, subfolder, 'config.json')} is missing.")
+    return _read_json(source.fetch(subfolder) / "config.json")
+
+
+def _check_base_models(
+    image: _Source,
+    music: _Source,
+    family: type,
+    synapse: ModelMixin | tuple[_Source, str] | None,
+    synapse_class: type,
+) -> None:
+    """Refuses what cannot be composed by configurations alone, before any weights are read."""
+    for name, component_class in family.components.items():
+        if not issubclass(component_class, torch.nn.Module) or issubclass(component_class, ModelMixin):
+            continue
+        kind = _read_config(music, name).get("model_type", "")
+        if component_class.config_class.model_type.partition("_")[0] not in kind:
+            raise ValueError(
+                f"`music_model`: {os.path.join(music.name, name)} is of the kind {kind!r}, but the UNet beside it is"
+                f" that of {family.name}, which needs a {component_class.__name__}."
+            )
+    with torch.device("meta"):
+        image_unet = UNet2DConditionModel.from_config(_read_config(image, "unet"))
+        unet = family.unet_class.from_config(_read_config(music, "unet"))
+        if isinstance(synapse, tuple):
+            synapse = synapse_class.from_config(_read_config(*synapse))
     if image_unet.config.addition_embed_type is not None or image_unet.config.class_embed_type is not None:
         raise ValueError(
             "`image_model` needs conditioning beside its text (addition_embed_type="
             f"{image_unet.config.addition_embed_type!r}, class_embed_type={image_unet.config.class_embed_type!r}):"
             " use a checkpoint of the Stable Diffusion 1 or 2 family."
         )
-    if unet.config.class_embed_type != "simple_projection":
-        raise ValueError(
-            f"`music_model` must condition on CLAP embeddings, but its class_embed_type is"
-            f" {unet.config.class_embed_type!r}: use an AudioLDM or MusicLDM checkpoint."
-        )
+    if synapse is not None:
+        synapse.check_unets(image_unet, unet)
