@@ -12,11 +12,11 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from safetensors.torch import load_file
 from test_loading_melfusion import (
     CODE,
+    a_stranger,
     assert_equal_weights,
     booby_trap,
     pickle_weights,
     play,
-    stranger,
     warnings_logged,  # noqa: F401 - a fixture
 )
 from transformers import ClapTextModelWithProjection, GPT2LMHeadModel, GPT2Model
@@ -83,7 +83,8 @@ def test_a_stranger_who_trusts_the_code_needs_no_package(pipe, checkpoint, hub, 
     hub.add_repo("tester/music", checkpoint)
     np.save(tmp_path / "expected.npy", play(pipe))
     photograph().save(tmp_path / "picture.png")
-    stranger(tmp_path, "tester/music", "tester/again")
+    with a_stranger(tmp_path) as load_and_save:
+        load_and_save("tester/music", "tester/again")
     assert CODE <= hub.files("tester/again").keys()
 
 
