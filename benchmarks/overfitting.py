@@ -1,6 +1,7 @@
 """Does training learn, and does the picture matter? Eight triplets, small components of the real classes.
 
 python benchmarks/overfitting.py --train unet --output build
+python benchmarks/overfitting.py --train unet --family audioldm2 --steps 300 --output build
 
 Prints the loss on fixed timesteps and noise before and after, with the pictures shuffled and at alpha = 0, as paired
 differences with 95% intervals, and draws the curves.
@@ -21,7 +22,7 @@ from melfusion_pipeline.training import MelFusionObjective, TrajectoryCache, fre
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
-from untrained import music_unet, untrained_components  # noqa: E402
+from untrained import FAMILIES, untrained_components  # noqa: E402
 
 TRIPLETS = 8
 DRAWS = 32
@@ -48,10 +49,12 @@ def make_triplets() -> dict:
     }
 
 
-def make_pipeline(triplets: dict) -> MelFusionPipeline:
-    components = untrained_components(mel_bands=64, latent_frames=16)
-    widths = (32, 48, 64, 64)
-    components["unet"] = music_unet(block_out_channels=widths, cross_attention_dim=widths, attention_head_dim=8)
+def make_pipeline(triplets: dict, family: str) -> MelFusionPipeline:
+    components = untrained_components(mel_bands=64, latent_frames=16, family=family)
+    size = {"block_out_channels": (32, 48, 64, 64), "attention_head_dim": 8}
+    if family == "audioldm":
+        size["cross_attention_dim"] = size["block_out_channels"]
+    components["unet"] = FAMILIES[family][0](**size)
     components["synapse"] = VisualSynapse.from_unets(components["image_unet"], components["unet"])
     pipe = MelFusionPipeline(**components)
     pipe.set_progress_bar_config(disable=True)
@@ -114,16 +117,24 @@ def compare(objective: MelFusionObjective, triplets: dict, name: str) -> None:
 
 
 def run(
-    name: str, pipe: MelFusionPipeline, trainable: str, triplets: dict, folder: Path, image_dropout: float
+    name: str,
+    pipe: MelFusionPipeline,
+    trainable: str,
+    triplets: dict,
+    folder: Path,
+    image_dropout: float,
+    steps: int | None,
 ) -> list[tuple[int, float]]:
     """Trains one model and reports what it learnt; returns the curve."""
+    settings = UNET if trainable == "unet" else SYNAPSE
+    settings = {**settings, "steps": steps or settings["steps"]}
     freeze(pipe, trainable)
     trajectories = TrajectoryCache(folder / "trajectories", pipe, 10, 32)
     dropout = {"text_dropout": 0.0, "image_dropout": image_dropout}
     objective = MelFusionObjective(pipe, trainable, trajectories, **dropout).train()
     with objective.attached():
         before = fixed_losses(objective, triplets)
-        curve = train(objective, triplets, **(UNET if trainable == "unet" else SYNAPSE))
+        curve = train(objective, triplets, **settings)
         report(f"{name}, training", fixed_losses(objective, triplets), before)
         compare(objective, triplets, name)
     return curve
@@ -132,16 +143,26 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", choices=("unet", "synapse"), required=True)
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="audioldm", help="of the music model")
+    parser.add_argument("--steps", type=int, help="instead of 1,500 with the music UNet, 4,000 of the synapse alone")
     parser.add_argument("--output", type=Path, default=Path("build"))
     args = parser.parse_args()
     triplets = make_triplets()
-    pipe = make_pipeline(triplets)
+    pipe = make_pipeline(triplets, args.family)
     if args.train == "unet":
-        curves = {"--train unet": run("unet", pipe, "unet", triplets, args.output, image_dropout=0.1)}
+        curves = {
+            "--train unet": run("unet", pipe, "unet", triplets, args.output, image_dropout=0.1, steps=args.steps)
+        }
     else:
-        curves = {"music UNet, text only": run("text only", pipe, "unet", triplets, args.output, image_dropout=1.0)}
+        curves = {
+            "music UNet, text only": run(
+                "text only", pipe, "unet", triplets, args.output, image_dropout=1.0, steps=args.steps
+            )
+        }
         pipe.synapse.reset_parameters()
-        curves["then --train synapse"] = run("synapse", pipe, "synapse", triplets, args.output, image_dropout=0.0)
+        curves["then --train synapse"] = run(
+            "synapse", pipe, "synapse", triplets, args.output, image_dropout=0.0, steps=args.steps
+        )
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for name, curve in curves.items():

@@ -47,7 +47,14 @@ from melfusion_pipeline.data import (
 from melfusion_pipeline.files_melfusion import atomic_write, staged_folder
 from melfusion_pipeline.pictures_melfusion import prepare_image
 from melfusion_pipeline.plotting import plot_mel_spectrogram
-from melfusion_pipeline.training import TRAINABLE, MelFusionObjective, MusicLatentCache, TrajectoryCache, freeze
+from melfusion_pipeline.training import (
+    TRAINABLE,
+    MelFusionObjective,
+    MusicLatentCache,
+    TrajectoryCache,
+    enable_gradient_checkpointing,
+    freeze,
+)
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The validation loss is the mean over this many fixed draws of timestep and noise a row.
@@ -343,8 +350,6 @@ def make_trajectories(
 
 
 def make_objective(args: argparse.Namespace, pipe: MelFusionPipeline, trajectories) -> MelFusionObjective:
-    if args.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
     return MelFusionObjective(
         pipe,
         args.train,
@@ -368,6 +373,8 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator) -> State | None:
     if args.check_data:
         return None
     pipe = load_pipeline(args)
+    if args.gradient_checkpointing:
+        enable_gradient_checkpointing(pipe)
     args.resolution = args.resolution or pipe.default_image_size
     freeze(pipe, args.train, DTYPES[args.mixed_precision])
     pipe.to(accelerator.device)

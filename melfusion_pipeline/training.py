@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from diffusers import AudioLDM2UNet2DConditionModel, AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 from diffusers.utils.logging import tqdm
@@ -22,12 +22,23 @@ from torch import nn
 
 from .attention_melfusion import KVBlenders, use_attn_processors
 from .audio import SAMPLING_RATE, waveform_to_latents, waveform_to_mel
+from .families_melfusion import pad_texts, text_lengths
 from .files_melfusion import atomic_write
 from .inversion_melfusion import ddim_walk, inversion_grid, record_keys_and_values
 
 # What each choice trains; everything else of the pipeline is frozen.
 TRAINABLE = {"synapse": ("synapse",), "unet": ("synapse", "unet")}
-FROZEN_TOWERS = ("vae", "text_encoder", "vocoder", "image_vae", "image_text_encoder", "image_unet")
+FROZEN_TOWERS = (
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "projection_model",
+    "language_model",
+    "vocoder",
+    "image_vae",
+    "image_text_encoder",
+    "image_unet",
+)
 
 
 class Draw(NamedTuple):
@@ -58,9 +69,30 @@ def freeze(pipe: DiffusionPipeline, trainable: str, dtype: torch.dtype = torch.f
     for name in (*FROZEN_TOWERS, "unet", "synapse"):
         trained = name in TRAINABLE[trainable]
         model = getattr(pipe, name)
+        if model is None:
+            continue
         model.requires_grad_(trained).train(trained)
         if model.dtype != (wanted := torch.float32 if trained else dtype):
             model.to(wanted)
+
+
+def enable_gradient_checkpointing(pipe: DiffusionPipeline) -> None:
+    """Lets the music UNet compute its activations again in the backward pass, which takes less memory and more time.
+
+    Args:
+        pipe: The pipeline, changed in place.
+
+    Raises:
+        ValueError: If the UNet is AudioLDM 2's: with gradient checkpointing, diffusers gives the mask of its text to
+            the wrong attention (seen in 0.42.1).
+    """
+    if isinstance(pipe.unet, AudioLDM2UNet2DConditionModel):
+        raise ValueError(
+            "Gradient checkpointing cannot be used with AudioLDM 2: diffusers then gives the mask of the text to the"
+            " wrong attention. Leave `--gradient_checkpointing` out; a smaller batch with more accumulation steps"
+            " takes less memory too."
+        )
+    pipe.unet.enable_gradient_checkpointing()
 
 
 class TrajectoryCache:
@@ -216,6 +248,56 @@ class MusicLatentCache:
         return load_file(path)["moments"].float()
 
 
+class PromptCache:
+    """What captions become for the music UNet, in memory: the text encoders are frozen, so each is encoded once.
+
+    Each caption is encoded alone, as the pipeline encodes a single prompt: AudioLDM 2's encoding depends on the
+    batch. A dropped caption becomes what the negative prompt of a call without one is: the empty text, padded to the
+    caption's length. That is kept once for each length. A caption of 30 tokens takes about 0.15 MB with AudioLDM 2 in
+    float32, 2 kB with AudioLDM.
+
+    Args:
+        pipe: The pipeline whose text encoders encode.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline) -> None:
+        self.pipe = pipe
+        self._prompts: dict[str, dict[str, torch.Tensor]] = {}
+        self._dropped: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
+
+    def read(self, captions: Sequence[str], keeps_text: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Gives the UNet's arguments by name.
+
+        Args:
+            captions: B texts.
+            keeps_text: `[B]`, False for those that are dropped.
+
+        Returns:
+            B rows each, on the CPU; text sequences are padded to the longest, and their masks say so.
+        """
+        rows = [self._row(caption, keep) for caption, keep in zip(captions, keeps_text.tolist(), strict=True)]
+        lengths = {name: max(row[name].shape[1] for row in rows) for name in rows[0]}
+        rows = [pad_texts(row, lengths) for row in rows]
+        return {name: torch.cat([row[name] for row in rows]) for name in lengths}
+
+    def _row(self, caption: str, keep: bool) -> dict[str, torch.Tensor]:
+        if caption not in self._prompts:
+            self._prompts[caption] = self._encode(0, prompt=[caption], do_classifier_free_guidance=False)
+        prompt = self._prompts[caption]
+        if keep:
+            return prompt
+        lengths = tuple(rows.shape[1] for rows in prompt.values())
+        if lengths not in self._dropped:
+            self._dropped[lengths] = self._encode(1, prompt_embeds=self.pipe.prompts.from_unet(prompt))
+        return self._dropped[lengths]
+
+    def _encode(self, which: int, **arguments: Any) -> dict[str, torch.Tensor]:
+        # Without autocast, or what is kept would depend on where a caption is met first.
+        with torch.autocast(self.pipe.unet.device.type, enabled=False):
+            embeds = self.pipe.encode_prompt(**arguments)[which]
+        return {name: rows.cpu() for name, rows in self.pipe.prompts.to_unet(embeds).items()}
+
+
 class MelFusionObjective(nn.Module):
     """The training objective: a batch of triplets goes in, the loss comes out.
 
@@ -263,6 +345,7 @@ class MelFusionObjective(nn.Module):
         self.text_dropout, self.image_dropout = text_dropout, image_dropout
         self.trained = nn.ModuleDict({name: getattr(pipe, name) for name in TRAINABLE[trainable]})
         self.blenders = KVBlenders(pipe.synapse.config.music_layers)
+        self.prompts = PromptCache(pipe)
 
     @property
     def unet(self) -> nn.Module:
@@ -327,13 +410,11 @@ class MelFusionObjective(nn.Module):
         latents, noise = self._music_latents(batch["waveforms"], draw)
         timesteps = draw.timesteps.to(latents.device)
         noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)
-        captions = [caption if keep else "" for caption, keep in zip(batch["captions"], draw.keeps_text)]
-        prompt_embeds, _ = self.pipe.encode_prompt(captions, do_classifier_free_guidance=False)
-
-        self._read_image(batch, draw, latents.shape)
+        prompts = self.prompts.read(batch["captions"], draw.keeps_text)
+        self._read_image(batch, draw, latents.shape, prompts)
         dtype = self.unet.dtype
-        prompts = {name: rows.to(dtype) for name, rows in self.pipe.prompts.to_unet(prompt_embeds).items()}
-        arguments = {"encoder_hidden_states": None, **prompts}
+        arguments = {name: rows.to(latents.device, dtype) for name, rows in prompts.items()}
+        arguments = {"encoder_hidden_states": None, **arguments}
         model_output = self.unet(noisy_latents.to(dtype), timesteps, **arguments).sample
         target = noise
         if self.scheduler.config.prediction_type == "v_prediction":
@@ -365,14 +446,15 @@ class MelFusionObjective(nn.Module):
         timesteps = draw.timesteps.to(device)
         return scheduler.add_noise(latents, noise, timesteps), timesteps
 
-    def _read_image(self, batch: dict, draw: Draw, music_shape: torch.Size) -> None:
+    def _read_image(self, batch: dict, draw: Draw, music_shape: torch.Size, prompts: dict[str, torch.Tensor]) -> None:
         synapse = self.trained["synapse"]
         with torch.no_grad():
             latents, timesteps = self._image_latents(batch, draw)
             prompt_embeds = self.pipe.encode_image_prompt("", len(latents))
             layers = self.pipe.synapse.config.image_layers
             recorded = record_keys_and_values(self.pipe.image_unet, latents, timesteps, prompt_embeds, layers)
-        keys, values, alphas = synapse(*recorded, self.pipe.synapse.num_tokens(*music_shape[-2:]))
+        num_tokens = self.pipe.synapse.num_tokens(*music_shape[-2:], text_lengths(prompts))
+        keys, values, alphas = synapse(*recorded, num_tokens)
         kept = draw.keeps_image.to(alphas)
         self.blenders.read({layer: (keys[layer], values[layer]) for layer in keys}, alphas[:, None, None] * kept)
 
