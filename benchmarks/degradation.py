@@ -13,10 +13,11 @@ import torch
 from matplotlib.figure import Figure
 from scipy.signal import butter, sosfiltfilt
 
-from melfusion_pipeline.audio import SAMPLING_RATE, load_audio, normalize_waveform, resample
+from melfusion_pipeline.audio import Spectrogram, load_audio, normalize_waveform, resample
 from melfusion_pipeline.extractors import LogMelExtractor
 from melfusion_pipeline.metrics import Interval, frechet_distance, jackknife_interval, kernel_audio_distance
 
+SAMPLING_RATE = Spectrogram.sampling_rate
 CLIP_LENGTH = round(10.24 * SAMPLING_RATE)
 QUIET = 1e-3
 LADDERS = {

@@ -44,7 +44,7 @@ from evaluate_systems import (
 from listening_test import export_listening_test
 
 from melfusion_pipeline import MelFusionPipeline, __version__, extractors
-from melfusion_pipeline.audio import SAMPLING_RATE
+from melfusion_pipeline.audio import Spectrogram
 from melfusion_pipeline.data import check_rows, load_rows, select_good_rows
 
 CLASSIFIERS = {
@@ -151,7 +151,7 @@ def read_captions(path: Path | None, rows: Sequence[dict]) -> list[str]:
 
 
 def read_options(arguments: argparse.Namespace, pipe: MelFusionPipeline | None) -> dict:
-    """The seed, and what the pipeline is called with."""
+    """The seed, what the pipeline is called with, and the sampling rate at which clips are scored: its own."""
     if pipe is None and arguments.audio_length_in_s is None:
         raise ValueError("Without `--checkpoint`, `--audio_length_in_s` is needed: how much of each clip is scored.")
     call = {"audio_length_in_s": arguments.audio_length_in_s or pipe.default_audio_length_in_s}
@@ -162,7 +162,8 @@ def read_options(arguments: argparse.Namespace, pipe: MelFusionPipeline | None) 
         for name in ("num_inference_steps", "num_inversion_steps", "guidance_scale", "image_guidance_scale"):
             given = getattr(arguments, name)
             call[name] = defaults[f"default_{name}"] if given is None else given
-    return {"seed": arguments.seed, "call": call}
+    rate = Spectrogram.sampling_rate if pipe is None else pipe.sampling_rate
+    return {"seed": arguments.seed, "call": call, "sampling_rate": rate}
 
 
 def describe_settings(arguments: argparse.Namespace, rows: Sequence[dict], options: dict, captions: list[str]) -> dict:
@@ -174,7 +175,9 @@ def describe_settings(arguments: argparse.Namespace, rows: Sequence[dict], optio
     settings |= {"melfusion_pipeline": __version__, "checkpoint": arguments.checkpoint, "seed": options["seed"]}
     settings |= options["call"] | {"caption_model": arguments.caption_model}
     settings["storyboard_pictures"] = arguments.storyboard_pictures
-    settings["scored"] = f"the first {length:g} s of each clip, mono, resampled to {SAMPLING_RATE} Hz, peak 0.5"
+    settings["scored"] = (
+        f"the first {length:g} s of each clip, mono, resampled to {options['sampling_rate']} Hz, peak 0.5"
+    )
     settings |= {"FAD, FAD-inf, KAD": fad, "FD, KL": classifier, "CLAP": arguments.clap_model}
     source = arguments.imsm_captions or "the set"
     bridge = f"CLIP {arguments.clip_model}, CLAP {arguments.clap_model}, {len(captions)} captions of {source}"
@@ -216,10 +219,10 @@ def generate(
 
 def score_systems(used: dict, clips: dict[str, list[Path]], rows, captions: Sequence[str], options: dict) -> dict:
     """Scores the systems' clips; returns what `results.json` holds beside the settings."""
-    seconds, systems = options["call"]["audio_length_in_s"], {}
-    target = describe_rows(used, rows, seconds, captions)
+    seconds, rate, systems = options["call"]["audio_length_in_s"], options["sampling_rate"], {}
+    target = describe_rows(used, rows, seconds, captions, rate)
     for name, paths in clips.items():
-        found = extract(used, [(path, 0.0) for path in paths], seconds, captions)
+        found = extract(used, [(path, 0.0) for path in paths], seconds, captions, rate)
         scores = {column: list(interval) for column, interval in score(found, target, options["seed"]).items()}
         systems[name] = {"n": len(paths), "sampling_rate": soundfile.info(paths[0]).samplerate, "scores": scores}
     return {"systems": systems, "remarks": remarks(target)}

@@ -9,19 +9,22 @@ from evaluate_systems import read_clip, read_picture
 from matplotlib.figure import Figure
 
 from melfusion_pipeline import metrics
-from melfusion_pipeline.audio import SAMPLING_RATE
 
 COLUMNS = {"FAD": "lower", "FAD-inf": "lower", "FD": "lower", "KL": "lower", "KAD": "lower", "CLAP": "higher"}
 COLUMNS |= {"IMSM matched": "higher", "IMSM mismatched": "below matched"}
 CLIPS_AT_ONCE = 256
 
 
-def extract(used: dict[str, object], clips: Sequence[tuple], seconds: float, captions: Sequence[str]) -> dict:
+def extract(
+    used: dict[str, object], clips: Sequence[tuple], seconds: float, captions: Sequence[str], sampling_rate: int
+) -> dict:
     """Reads clips (path, start) and gives all that is scored of them, arrays `[N, ...]`, with memory for a few."""
     parts = []
     for first in range(0, len(clips), CLIPS_AT_ONCE):
-        batch = [read_clip(path, seconds, start) for path, start in clips[first : first + CLIPS_AT_ONCE]]
-        audio = {"audio": torch.stack(batch).numpy(), "sampling_rate": SAMPLING_RATE}
+        batch = [
+            read_clip(path, seconds, start, sampling_rate) for path, start in clips[first : first + CLIPS_AT_ONCE]
+        ]
+        audio = {"audio": torch.stack(batch).numpy(), "sampling_rate": sampling_rate}
         part = {"fad": used["fad"].embed(**audio)}
         if "classifier" in used:
             part["fd"], part["classes"] = used["classifier"].embed(**audio), used["classifier"].probabilities(**audio)
@@ -33,10 +36,13 @@ def extract(used: dict[str, object], clips: Sequence[tuple], seconds: float, cap
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def describe_rows(used: dict[str, object], rows: Sequence[dict], seconds: float, captions: Sequence[str]) -> dict:
+def describe_rows(
+    used: dict[str, object], rows: Sequence[dict], seconds: float, captions: Sequence[str], sampling_rate: int
+) -> dict:
     """What every system's clips are compared with: the real clips, the texts and the pictures of the rows."""
     audio_only = {name: used[name] for name in ("fad", "classifier") if name in used}
-    target = extract(audio_only, [(row["audio"], row["start"] or 0.0) for row in rows], seconds, captions)
+    clips = [(row["audio"], row["start"] or 0.0) for row in rows]
+    target = extract(audio_only, clips, seconds, captions, sampling_rate)
     names, target["pictures"] = np.unique([row["image"] for row in rows], return_inverse=True)
     if "clap" in used:
         target["texts"] = used["clap"].embed(text=[row["caption"] for row in rows])

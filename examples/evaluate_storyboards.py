@@ -14,14 +14,14 @@ from evaluate_scores import format_interval
 from evaluate_systems import row_generator
 
 from melfusion_pipeline import MelFusionPipeline
-from melfusion_pipeline.audio import HOP_LENGTH, SAMPLING_RATE, load_audio, log_mel_spectrogram, resample, save_audio
+from melfusion_pipeline.audio import Spectrogram, load_audio, log_mel_spectrogram, resample, save_audio
 from melfusion_pipeline.data import open_image
 from melfusion_pipeline.metrics import Interval, bootstrap_interval
 
 COLUMNS = {"contrast": "1: none", "rise, s": "lower", "centre, s": "near 0"}
 # Spectra are averaged over so many frames of 10 ms.
 FRAMES_A_BLOCK = 8
-BLOCK = FRAMES_A_BLOCK * HOP_LENGTH / SAMPLING_RATE
+BLOCK = FRAMES_A_BLOCK * Spectrogram.hop_length / Spectrogram.sampling_rate
 # From 10% to 90% of a logistic curve, in units of its scale.
 RISE = 2 * np.log(9)
 

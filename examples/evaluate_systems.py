@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import (
     AV_SUFFIXES,
-    SAMPLING_RATE,
+    Spectrogram,
     load_audio,
     load_random_crop,
     save_audio,
@@ -124,10 +124,12 @@ def row_generator(seed: int, row: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, row]).generate_state(1, np.uint64)[0]))
 
 
-def read_clip(path: str | os.PathLike, seconds: float, start: float = 0.0) -> torch.Tensor:
-    """Reads what is scored of a clip: its first seconds, mono at 16 kHz, without mean, peak 0.5 (as AudioLDM's)."""
+def read_clip(
+    path: str | os.PathLike, seconds: float, start: float = 0.0, sampling_rate: int = Spectrogram.sampling_rate
+) -> torch.Tensor:
+    """Reads what is scored of a clip: its first seconds, mono, resampled, without mean, peak 0.5 (as AudioLDM's)."""
     # The crop is as long as the stretch that it may be taken from, so the generator has no say.
-    return load_random_crop(path, start, seconds, seconds, torch.Generator())
+    return load_random_crop(path, start, seconds, seconds, torch.Generator(), sampling_rate)
 
 
 def read_picture(path: str | os.PathLike, side: int = 512) -> Image.Image:
@@ -139,8 +141,9 @@ def read_picture(path: str | os.PathLike, side: int = 512) -> Image.Image:
 
 def reconstruct(pipe: MelFusionPipeline, row: dict, seconds: float) -> torch.Tensor:
     """The row's real clip through autoencoder and vocoder, which no system of this pipeline can surpass."""
-    waveform = read_clip(row["audio"], seconds, row["start"] or 0.0)
-    latents = waveform_to_latents(waveform, SAMPLING_RATE, pipe.vae, seconds)
+    spectrogram, rate = Spectrogram.of(pipe), pipe.sampling_rate
+    waveform = read_clip(row["audio"], seconds, row["start"] or 0.0, rate)
+    latents = waveform_to_latents(waveform, rate, pipe.vae, seconds, spectrogram=spectrogram)
     return pipe.mel_spectrogram_to_waveform(pipe.decode_latents(latents), seconds)[0]
 
 

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import soundfile
 from evaluate_systems import find_clips, name_and_path, read_clip, read_picture
 
-from melfusion_pipeline.audio import SAMPLING_RATE, save_audio
+from melfusion_pipeline.audio import save_audio
 from melfusion_pipeline.data import load_rows
 from melfusion_pipeline.files_melfusion import atomic_write
 from melfusion_pipeline.metrics import bootstrap_interval
@@ -76,14 +77,18 @@ def digest_test(order: dict, clips: dict[str, Sequence[Path]], rows: Sequence[di
 def write_media(
     page: Path, order: dict, clips: dict[str, Sequence[Path]], rows: Sequence[dict], seconds: float
 ) -> None:
-    """Writes `clips/<part>-<letter>.wav` and `pictures/<part>.jpg`, all of one make."""
+    """Writes `clips/<part>-<letter>.wav` and `pictures/<part>.jpg`, all of one make.
+
+    The clips have the lowest of the systems' sampling rates: none is given away by its high frequencies.
+    """
+    rate = min(soundfile.info(paths[0]).samplerate for paths in clips.values())
     for folder in ("clips", "pictures"):
         (page / folder).mkdir(parents=True)
     positions = {row["row"]: position for position, row in enumerate(rows)}
     for clip, source in order.items():
         position = positions[source["row"]]
-        waveform = read_clip(clips[source["system"]][position], seconds)
-        save_audio(page / "clips" / f"{clip}.wav", waveform, SAMPLING_RATE)
+        waveform = read_clip(clips[source["system"]][position], seconds, sampling_rate=rate)
+        save_audio(page / "clips" / f"{clip}.wav", waveform, rate)
         picture = page / "pictures" / f"{clip.split('-')[0]}.jpg"
         if not picture.exists():
             read_picture(rows[position]["image"], side=1024).save(picture, quality=90)

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from tqdm.auto import tqdm
 
 from melfusion_pipeline import MelFusionPipeline
-from melfusion_pipeline.audio import save_audio
+from melfusion_pipeline.audio import Spectrogram, save_audio
 from melfusion_pipeline.data import (
     COLUMNS,
     TripletDataset,
@@ -277,6 +277,7 @@ def reader(path: str, args: argparse.Namespace):
         audio_length_in_s=args.audio_length_in_s,
         random_image_crops=args.random_image_crops,
         seed=args.seed,
+        sampling_rate=args.sampling_rate,
     )
 
 
@@ -350,11 +351,14 @@ def make_trajectories(
 
 
 def make_objective(args: argparse.Namespace, pipe: MelFusionPipeline, trajectories) -> MelFusionObjective:
+    music_latents = None
+    if args.music_latents_cache:
+        music_latents = MusicLatentCache(args.music_latents_cache, pipe.vae, Spectrogram.of(pipe))
     return MelFusionObjective(
         pipe,
         args.train,
         trajectories,
-        MusicLatentCache(args.music_latents_cache, pipe.vae) if args.music_latents_cache else None,
+        music_latents,
         snr_gamma=args.snr_gamma,
         logit_mean=args.logit_mean,
         text_dropout=args.text_dropout,
@@ -375,7 +379,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator) -> State | None:
     pipe = load_pipeline(args)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(pipe)
-    args.resolution = args.resolution or pipe.default_image_size
+    args.resolution, args.sampling_rate = args.resolution or pipe.default_image_size, pipe.sampling_rate
     freeze(pipe, args.train, DTYPES[args.mixed_precision])
     pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)

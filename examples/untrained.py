@@ -230,6 +230,29 @@ def text_components(mel_bands: int) -> dict:
     return music_components(mel_bands) | t5_components()
 
 
+def components_at_48_khz() -> dict:
+    """All components in the shape of AudioLDM's 48 kHz model: 256 bands, eight frames a latent one, 16 channels."""
+    components = untrained_components()
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = autoencoder(
+        in_channels=1,
+        out_channels=1,
+        latent_channels=16,
+        block_out_channels=(8, 8, 8, 8),
+        scaling_factor=0.9,
+        **blocks,
+    )
+    config = components["vocoder"].config.to_dict()
+    config |= {"model_in_dim": 256, "sampling_rate": 48000, "upsample_initial_channel": 64}
+    config |= {"upsample_rates": [6, 5, 4, 2, 2], "upsample_kernel_sizes": [12, 10, 8, 4, 4]}
+    vocoder = SpeechT5HifiGan(SpeechT5HifiGanConfig(**config))
+    with torch.no_grad():
+        for parameter in vocoder.parameters():
+            parameter.mul_(12.0)
+    unet = music_unet(in_channels=16, out_channels=16, sample_size=8)
+    return components | {"vae": vae.eval(), "vocoder": vocoder.eval(), "unet": unet.eval()}
+
+
 # The music side of each family of music models: its UNet, and all the rest.
 FAMILIES = {
     "audioldm": (music_unet, music_components),

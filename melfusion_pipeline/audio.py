@@ -3,13 +3,14 @@
     waveform, sampling_rate = load_audio("song.mp3", start=30.0, duration=10.24)
     latents = waveform_to_latents(waveform, sampling_rate, pipe.vae, audio_length_in_s=10.24)
 
-The settings of the spectrogram are the constants below, and nowhere else.
+The numbers of the spectrogram are a value, `Spectrogram`: AudioLDM's if nothing is said, else a pipeline's.
 """
 
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import logging
 from transformers.audio_utils import mel_filter_bank
 
@@ -32,12 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# AudioLDM's spectrogram (arXiv 2301.12503, and the preprocessing of its public checkpoints).
-SAMPLING_RATE = 16000
-FFT_LENGTH = 1024
-HOP_LENGTH = 160
-NUM_MEL_BANDS = 64
-FREQUENCY_RANGE = (0.0, 8000.0)
 MEL_FLOOR = 1e-5
 PEAK = 0.5
 # libsndfile's number for what the operating system refuses, such as writing to a full disk.
@@ -52,6 +47,59 @@ SAMPLES_PER_BLOCK = 1 << 16
 AV_SUFFIXES = (".aac", ".m4a", ".mp4")
 # Decoding begins this many seconds early: a compressed frame builds upon the frames before it.
 PREROLL = Fraction(1, 2)
+
+
+@dataclass(frozen=True)
+class Spectrogram:
+    """The numbers of a log-mel spectrogram.
+
+    The defaults are AudioLDM's (arXiv 2301.12503, and the preprocessing of its public checkpoints).
+
+    Args:
+        sampling_rate: Of the waveforms, in Hz.
+        fft_length: Of the STFT and its window, in samples; even.
+        hop_length: From one frame to the next, in samples.
+        num_mel_bands: The bands.
+        min_frequency: Where the lowest band begins, in Hz.
+        max_frequency: Where the highest band ends, in Hz; at most half of `sampling_rate`.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    sampling_rate: int = 16000
+    fft_length: int = 1024
+    hop_length: int = 160
+    num_mel_bands: int = 64
+    min_frequency: float = 0.0
+    max_frequency: float = 8000.0
+
+    def __post_init__(self) -> None:
+        check_sampling_rate(self.sampling_rate)
+        for name in ("fft_length", "hop_length", "num_mel_bands"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"`{name}` must be a positive whole number, but is {value!r}.")
+        if self.fft_length % 2:
+            raise ValueError(f"`fft_length` must be even, but is {self.fft_length}.")
+        if not 0 <= self.min_frequency < self.max_frequency <= self.sampling_rate / 2:
+            raise ValueError(
+                f"`min_frequency` and `max_frequency` must ascend within 0 and {self.sampling_rate / 2:g} Hz, half of"
+                f" `sampling_rate`, but are {self.min_frequency!r} and {self.max_frequency!r}."
+            )
+
+    @classmethod
+    def of(cls, pipe: DiffusionPipeline) -> "Spectrogram":
+        """Gives the spectrogram of a pipeline: what its vocoder tells of it, and the rest from its own config."""
+        vocoder, config = pipe.vocoder.config, pipe.config
+        return cls(
+            sampling_rate=vocoder.sampling_rate,
+            fft_length=config.spectrogram_fft_length,
+            hop_length=math.prod(vocoder.upsample_rates),
+            num_mel_bands=vocoder.model_in_dim,
+            min_frequency=config.spectrogram_min_frequency,
+            max_frequency=config.spectrogram_max_frequency,
+        )
 
 
 def check_sampling_rate(sampling_rate: int) -> None:
@@ -288,7 +336,9 @@ def audio_duration(path: str | os.PathLike) -> float:
         return file.frames / file.samplerate
 
 
-def resample(waveform: torch.Tensor, sampling_rate: int, new_sampling_rate: int = SAMPLING_RATE) -> torch.Tensor:
+def resample(
+    waveform: torch.Tensor, sampling_rate: int, new_sampling_rate: int = Spectrogram.sampling_rate
+) -> torch.Tensor:
     """Changes the sampling rate; keeps exactly what lies below both Nyquist frequencies. Differentiable.
 
     Args:
@@ -328,30 +378,32 @@ def normalize_waveform(waveform: torch.Tensor) -> torch.Tensor:
     return torch.where(silent, 0.0, centered * PEAK / peak.masked_fill(silent, 1.0))
 
 
-def log_mel_spectrogram(waveform: torch.Tensor) -> torch.Tensor:
-    """AudioLDM's log-mel spectrogram: centred, reflect-padded STFT, magnitude, Slaney mel bands, natural logarithm.
+def log_mel_spectrogram(waveform: torch.Tensor, spectrogram: Spectrogram = Spectrogram()) -> torch.Tensor:
+    """A log-mel spectrogram: centred, reflect-padded STFT, magnitude, Slaney mel bands, natural logarithm.
 
     It is computed in float64 where the device has it: bands 100 dB below the peak drown in float32's rounding.
 
     Args:
-        waveform: `[..., T]` at 16 kHz, more than 512 samples.
+        waveform: `[..., T]` at the spectrogram's sampling rate, more than half an FFT long.
+        spectrogram: Its numbers.
 
     Returns:
-        `[..., T // 160, 64]` (time x mel band), at least log(1e-5), in the waveform's dtype.
+        `[..., T // hop_length, num_mel_bands]` (time x mel band), at least log(1e-5), in the waveform's dtype.
 
     Raises:
         ValueError: if the waveform is too short for the reflect padding.
     """
-    if waveform.shape[-1] <= FFT_LENGTH // 2:
-        raise ValueError(f"`waveform` must be longer than {FFT_LENGTH // 2}, but is {list(waveform.shape)}: pad it.")
+    fft_length, hop_length = spectrogram.fft_length, spectrogram.hop_length
+    if waveform.shape[-1] <= fft_length // 2:
+        raise ValueError(f"`waveform` must be longer than {fft_length // 2}, but is {list(waveform.shape)}: pad it.")
     dtype = working_dtype(waveform.device)
     samples = waveform.to(dtype).reshape(-1, waveform.shape[-1])
-    window = torch.hann_window(FFT_LENGTH, dtype=dtype, device=waveform.device)
+    window = torch.hann_window(fft_length, dtype=dtype, device=waveform.device)
     # Under autocast the matrix product would run in half precision.
     with torch.autocast(waveform.device.type, enabled=False):
-        spectrum = torch.stft(samples, FFT_LENGTH, HOP_LENGTH, window=window, pad_mode="reflect", return_complex=True)
-        mel = spectrum.abs().mT @ mel_filters().to(dtype).to(waveform.device)
-    log_mel = mel[:, : waveform.shape[-1] // HOP_LENGTH].clamp(min=MEL_FLOOR).log().to(waveform.dtype)
+        spectrum = torch.stft(samples, fft_length, hop_length, window=window, pad_mode="reflect", return_complex=True)
+        mel = spectrum.abs().mT @ mel_filters(spectrogram).to(dtype).to(waveform.device)
+    log_mel = mel[:, : waveform.shape[-1] // hop_length].clamp(min=MEL_FLOOR).log().to(waveform.dtype)
     return log_mel.reshape(*waveform.shape[:-1], *log_mel.shape[1:])
 
 
@@ -360,12 +412,18 @@ def working_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def mel_filters() -> torch.Tensor:
-    """Returns the mel filter bank, float64 `[513, 64]` (frequency bin x mel band)."""
-    bins = FFT_LENGTH // 2 + 1
-    return torch.from_numpy(
-        mel_filter_bank(bins, NUM_MEL_BANDS, *FREQUENCY_RANGE, SAMPLING_RATE, norm="slaney", mel_scale="slaney")
+def mel_filters(spectrogram: Spectrogram = Spectrogram()) -> torch.Tensor:
+    """Returns the mel filter bank, float64 `[fft_length / 2 + 1, num_mel_bands]` (frequency bin x mel band)."""
+    filters = mel_filter_bank(
+        spectrogram.fft_length // 2 + 1,
+        spectrogram.num_mel_bands,
+        spectrogram.min_frequency,
+        spectrogram.max_frequency,
+        spectrogram.sampling_rate,
+        norm="slaney",
+        mel_scale="slaney",
     )
+    return torch.from_numpy(filters)
 
 
 def encode_mel(
@@ -373,25 +431,28 @@ def encode_mel(
     vae: AutoencoderKL,
     sample_mode: str = "mode",
     generator: torch.Generator | list[torch.Generator] | None = None,
+    num_mel_bands: int = Spectrogram.num_mel_bands,
 ) -> torch.Tensor:
     """Encodes log-mel spectrograms as scaled music latents.
 
     Args:
-        mel: `[B, T, 64]`, see `log_mel_spectrogram`.
-        vae: AudioLDM's autoencoder.
+        mel: `[B, T, num_mel_bands]`, see `log_mel_spectrogram`.
+        vae: The music autoencoder.
         sample_mode: `"mode"` of the posterior, or `"sample"` to draw from it.
         generator: for `"sample"`, one or one a row.
+        num_mel_bands: of the spectrograms that the autoencoder was made for.
 
     Returns:
-        Latents times `vae.config.scaling_factor`, `[B, latent channels, T / 4, 16]`, in the autoencoder's dtype.
+        Latents times `vae.config.scaling_factor`, `[B, latent channels, T / 4, 16]` with AudioLDM's autoencoder, in
+        its dtype.
 
     Raises:
         ValueError: if `sample_mode` is unknown or `mel` has another shape.
     """
     if sample_mode not in ("mode", "sample"):
         raise ValueError(f"`sample_mode` must be 'mode' or 'sample', but is {sample_mode!r}.")
-    if mel.ndim != 3 or mel.shape[-1] != NUM_MEL_BANDS:
-        raise ValueError(f"`mel` must be [batch, frames, {NUM_MEL_BANDS}], but its shape is {list(mel.shape)}.")
+    if mel.ndim != 3 or mel.shape[-1] != num_mel_bands:
+        raise ValueError(f"`mel` must be [batch, frames, {num_mel_bands}], but its shape is {list(mel.shape)}.")
     posterior = vae.encode(mel.unsqueeze(1).to(vae.device, vae.dtype)).latent_dist
     latents = posterior.mode() if sample_mode == "mode" else posterior.sample(generator)
     return latents * vae.config.scaling_factor
@@ -404,29 +465,31 @@ def waveform_to_latents(
     audio_length_in_s: float | None = None,
     sample_mode: str = "mode",
     generator: torch.Generator | list[torch.Generator] | None = None,
+    spectrogram: Spectrogram = Spectrogram(),
 ) -> torch.Tensor:
-    """Turns waveforms into AudioLDM's scaled latents, on the autoencoder's device; differentiable.
+    """Turns waveforms into scaled music latents, on the autoencoder's device; differentiable.
 
-    Channels are averaged, then the waveform is resampled to 16 kHz, normalised, padded with zeros and encoded.
+    Channels are averaged, then the waveform is resampled, normalised, padded with zeros and encoded.
 
     Args:
         waveform: `[T]`, `[C, T]` or `[B, C, T]`; a batch of mono waveforms is `[B, 1, T]`.
         sampling_rate: of `waveform`, in Hz.
-        vae: AudioLDM's autoencoder.
+        vae: the music autoencoder.
         audio_length_in_s: pad or cut to this many seconds. `None` keeps the waveform's length. Either is rounded up
             to a whole number of latent frames, as the pipeline does.
         sample_mode: `"mode"` of the posterior, or `"sample"` to draw from it.
         generator: for `"sample"`, one or one a row.
+        spectrogram: that the autoencoder was made for: AudioLDM's, or `Spectrogram.of(pipe)`.
 
     Returns:
-        `[B, latent channels, frames / 4, 16]`: at 10.24 s `[B, 8, 256, 16]`.
+        `[B, latent channels, frames / 4, 16]` with AudioLDM's autoencoder: at 10.24 s `[B, 8, 256, 16]`.
 
     Raises:
         TypeError: if `waveform` is not a floating-point array or tensor.
         ValueError: if an argument is empty, not finite, out of range or of the wrong shape.
     """
-    mel = waveform_to_mel(waveform, sampling_rate, vae, audio_length_in_s)
-    return encode_mel(mel, vae, sample_mode, generator)
+    mel = waveform_to_mel(waveform, sampling_rate, vae, audio_length_in_s, spectrogram)
+    return encode_mel(mel, vae, sample_mode, generator, spectrogram.num_mel_bands)
 
 
 def waveform_to_mel(
@@ -434,8 +497,9 @@ def waveform_to_mel(
     sampling_rate: int,
     vae: AutoencoderKL,
     audio_length_in_s: float | None = None,
+    spectrogram: Spectrogram = Spectrogram(),
 ) -> torch.Tensor:
-    """Turns waveforms into the log-mel spectrograms `[B, frames, 64]` that `vae` encodes, on its device.
+    """Turns waveforms into the log-mel spectrograms `[B, frames, bands]` that `vae` encodes, on its device.
 
     The first half of `waveform_to_latents`, with the same arguments and errors.
     """
@@ -446,12 +510,14 @@ def waveform_to_mel(
     if audio_length_in_s is not None and not (math.isfinite(audio_length_in_s) and audio_length_in_s > 0):
         raise ValueError(f"`audio_length_in_s` must be positive and finite, or None, but is {audio_length_in_s!r}.")
     waveform = waveform.to(working_dtype(vae.device)).to(vae.device)
-    waveform = resample(waveform[(None,) * (3 - waveform.ndim)].mean(dim=1), sampling_rate)
-    num_samples = waveform.shape[-1] if audio_length_in_s is None else round(audio_length_in_s * SAMPLING_RATE)
-    latent_hop = HOP_LENGTH * 2 ** (len(vae.config.block_out_channels) - 1)
+    waveform = resample(waveform[(None,) * (3 - waveform.ndim)].mean(dim=1), sampling_rate, spectrogram.sampling_rate)
+    num_samples = waveform.shape[-1]
+    if audio_length_in_s is not None:
+        num_samples = round(audio_length_in_s * spectrogram.sampling_rate)
+    latent_hop = spectrogram.hop_length * 2 ** (len(vae.config.block_out_channels) - 1)
     num_samples = math.ceil(num_samples / latent_hop) * latent_hop
     waveform = pad_or_cut(normalize_waveform(waveform[..., :num_samples]), num_samples)
-    return log_mel_spectrogram(waveform)
+    return log_mel_spectrogram(waveform, spectrogram)
 
 
 def pad_or_cut(waveform: torch.Tensor, num_samples: int) -> torch.Tensor:
@@ -460,7 +526,12 @@ def pad_or_cut(waveform: torch.Tensor, num_samples: int) -> torch.Tensor:
 
 
 def load_random_crop(
-    path: str | os.PathLike, start: float, duration: float | None, audio_length_in_s: float, generator: torch.Generator
+    path: str | os.PathLike,
+    start: float,
+    duration: float | None,
+    audio_length_in_s: float,
+    generator: torch.Generator,
+    new_sampling_rate: int = Spectrogram.sampling_rate,
 ) -> torch.Tensor:
     """Reads a random stretch of a sound file between `start` and `start + duration`.
 
@@ -470,9 +541,10 @@ def load_random_crop(
         duration: how long it is, in seconds; `None` is to the end of the file.
         audio_length_in_s: length of the stretch.
         generator: chooses the stretch, by one random number whatever the length.
+        new_sampling_rate: of the result, in Hz.
 
     Returns:
-        Mono at 16 kHz, peak 0.5, float32 `[audio_length_in_s * 16000]`, padded with zeros if the music is shorter.
+        Mono, peak 0.5, float32 `[audio_length_in_s * new_sampling_rate]`, padded with zeros if the music is shorter.
 
     Raises:
         ValueError: as `load_audio` does.
@@ -481,5 +553,5 @@ def load_random_crop(
     start += max(0.0, available - audio_length_in_s) * torch.rand((), generator=generator).item()
     waveform, sampling_rate = load_audio(path, start, min(audio_length_in_s, duration or math.inf))
     # In float64 the result is the same in every process; float32 rounds by the memory's alignment and the threads.
-    waveform = normalize_waveform(resample(waveform.double().mean(dim=0), sampling_rate)).float()
-    return pad_or_cut(waveform, round(audio_length_in_s * SAMPLING_RATE))
+    mono = resample(waveform.double().mean(dim=0), sampling_rate, new_sampling_rate)
+    return pad_or_cut(normalize_waveform(mono).float(), round(audio_length_in_s * new_sampling_rate))

@@ -416,7 +416,7 @@ def _read_index(index: Path, names: Iterable[str]) -> dict[str, str]:
     if "_class_name" not in entries:
         raise ValueError(f"{index} is damaged or another file: it holds no _class_name.")
     for name, entry in entries.items():
-        if name not in names or name.startswith("default_") or entry == [None, None]:
+        if name not in names or name.startswith(("default_", "spectrogram_")) or entry == [None, None]:
             continue
         if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
             raise ValueError(f"{index}: `{name}` must be a pair of library and class, got {entry!r:.80}.")

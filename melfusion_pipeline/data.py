@@ -26,7 +26,7 @@ from diffusers.utils import logging
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
-from .audio import load_audio, load_random_crop
+from .audio import Spectrogram, load_audio, load_random_crop
 from .files_melfusion import atomic_write
 
 logger = logging.get_logger(__name__)
@@ -364,6 +364,7 @@ def read_triplet(
     random_image_crops: bool = False,
     seed: int = 0,
     epoch: int = 0,
+    sampling_rate: int = Spectrogram.sampling_rate,
 ) -> dict:
     """Reads a row's picture and a stretch of its music; what is random is keyed by seed, epoch and row number only.
 
@@ -377,6 +378,7 @@ def read_triplet(
         random_image_crops: whether `prepare_image` gets a generator.
         seed: the run's seed.
         epoch: how often the set has been read before.
+        sampling_rate: of the music, in Hz: `pipe.sampling_rate`.
 
     Returns:
         `pixel_values` `[3, S, S]` (unless `prepare_image` is None), `waveforms` `[T]` (of `load_random_crop`),
@@ -392,7 +394,8 @@ def read_triplet(
         if row["problem"]:
             raise ValueError(row["problem"])
         image_path, audio_path = (contained_path(row[column], data_root) for column in ("image", "audio"))
-        waveform = load_random_crop(audio_path, row["start"] or 0.0, row["duration"], audio_length_in_s, generator)
+        stretch = (row["start"] or 0.0, row["duration"], audio_length_in_s)
+        waveform = load_random_crop(audio_path, *stretch, generator, sampling_rate)
         image = open_image(image_path) if prepare_image else None
     except ValueError as error:
         raise ValueError(f"Row {row['row']}: {error}") from error

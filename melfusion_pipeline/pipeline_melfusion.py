@@ -92,6 +92,11 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
             or 10 before training.
         default_window_length_in_s: Likewise, the length of the windows in which a longer piece is made; None takes the
             one that `unet` names.
+        spectrogram_fft_length: Of the spectrograms for which the VAE was made, in samples; like the following two it
+            is stored, with AudioLDM's as the default. Their sampling rate, hop and number of bands are the vocoder's,
+            which could not differ: see `melfusion_pipeline.audio.Spectrogram.of`.
+        spectrogram_min_frequency: Where their lowest band begins, in Hz.
+        spectrogram_max_frequency: Where their highest band ends, in Hz.
     """
 
     model_cpu_offload_seq = (
@@ -138,6 +143,9 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
         default_image_guidance_scale: float | None = None,
         default_num_inversion_steps: int | None = None,
         default_window_length_in_s: float | None = None,
+        spectrogram_fft_length: int = 1024,
+        spectrogram_min_frequency: float = 0.0,
+        spectrogram_max_frequency: float = 8000.0,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -164,6 +172,9 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
             default_image_guidance_scale=default_image_guidance_scale,
             default_num_inversion_steps=default_num_inversion_steps,
             default_window_length_in_s=default_window_length_in_s,
+            spectrogram_fft_length=spectrogram_fft_length,
+            spectrogram_min_frequency=spectrogram_min_frequency,
+            spectrogram_max_frequency=spectrogram_max_frequency,
         )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae else 4
         self.image_vae_scale_factor = 2 ** (len(image_vae.config.block_out_channels) - 1) if image_vae else 8

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .attention_melfusion import KVBlenders, use_attn_processors
-from .audio import SAMPLING_RATE, waveform_to_latents, waveform_to_mel
+from .audio import Spectrogram, waveform_to_latents, waveform_to_mel
 from .families_melfusion import pad_texts, text_lengths
 from .files_melfusion import atomic_write
 from .inversion_melfusion import ddim_walk, inversion_grid, record_keys_and_values
@@ -215,19 +215,24 @@ class MusicLatentCache:
     Args:
         folder: Where the files lie; made if it does not exist.
         vae: The music autoencoder.
+        spectrogram: That it was made for: AudioLDM's, or `Spectrogram.of(pipe)`.
     """
 
-    def __init__(self, folder: str | os.PathLike, vae: AutoencoderKL) -> None:
-        self.folder, self.vae = Path(folder), vae
+    def __init__(
+        self, folder: str | os.PathLike, vae: AutoencoderKL, spectrogram: Spectrogram = Spectrogram()
+    ) -> None:
+        self.folder, self.vae, self.spectrogram = Path(folder), vae, spectrogram
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._fingerprint = hash_weights(vae)
+        # Files of before the spectrogram was a choice are AudioLDM's.
+        other = b"" if spectrogram == Spectrogram() else repr(spectrogram).encode()
+        self._fingerprint = hash_weights(vae) + other
 
     @torch.no_grad()
     def encode(self, waveforms: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
         """Gives scaled music latents, sampled from the posteriors.
 
         Args:
-            waveforms: `[B, samples]` at 16 kHz.
+            waveforms: `[B, samples]` at the spectrogram's sampling rate.
             generators: One a row, of the samples.
 
         Returns:
@@ -241,7 +246,8 @@ class MusicLatentCache:
         digest = hashlib.sha256(self._fingerprint + waveform.numpy().tobytes()).hexdigest()
         path = self.folder / f"{digest}.safetensors"
         if not path.is_file():
-            mel = waveform_to_mel(waveform, SAMPLING_RATE, self.vae)
+            rate = self.spectrogram.sampling_rate
+            mel = waveform_to_mel(waveform, rate, self.vae, spectrogram=self.spectrogram)
             moments = self.vae.encode(mel[:, None].to(self.vae.dtype)).latent_dist.parameters[0]
             _write_tensor("moments", moments.to(torch.float16).cpu(), path)
         # Half precision cannot be stacked under autocast to bfloat16.
@@ -392,8 +398,8 @@ class MelFusionObjective(nn.Module):
         """Gives each row's loss; in eval mode nothing is dropped.
 
         Args:
-            batch: `waveforms` `[B, samples]` at 16 kHz, `captions` (B texts), `indices` `[B]`, and `image_paths` (with
-                trajectories) or `pixel_values` `[B, 3, S, S]` in [-1, 1] (without).
+            batch: `waveforms` `[B, samples]` at `pipe.sampling_rate`, `captions` (B texts), `indices` `[B]`, and
+                `image_paths` (with trajectories) or `pixel_values` `[B, 3, S, S]` in [-1, 1] (without).
             step: The optimisation step, which keys the randomness.
 
         Returns:
@@ -427,8 +433,14 @@ class MelFusionObjective(nn.Module):
         if self.music_latents is not None:
             latents = self.music_latents.encode(waveforms, draw.generators)
         else:
+            spectrogram = Spectrogram.of(self.pipe)
             latents = waveform_to_latents(
-                waveforms[:, None], SAMPLING_RATE, self.pipe.vae, sample_mode="sample", generator=draw.generators
+                waveforms[:, None],
+                spectrogram.sampling_rate,
+                self.pipe.vae,
+                sample_mode="sample",
+                generator=draw.generators,
+                spectrogram=spectrogram,
             ).float()
         return latents, randn_tensor(latents.shape, draw.generators, latents.device)
 

@@ -59,6 +59,7 @@ def arguments(workspace: Path, output: Path, **flags) -> list[str]:
         "report_to": "none",
         **flags,
     }
+    flags = {name: value for name, value in flags.items() if value is not None}
     texts = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in flags.items()]
     return [text for pair in texts for text in pair]
 

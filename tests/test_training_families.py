@@ -105,10 +105,10 @@ def test_the_script_trains_audioldm2_from_base_models(workspace, tmp_path):  # n
         if name != "synapse":
             component.save_pretrained(tmp_path / side / name.removeprefix("image_"))
     flags = {"pretrained_image_model": tmp_path / "image", "pretrained_music_model": tmp_path / "music"}
-    source = {"pretrained_model_name_or_path": ""}
-    assert len(train(workspace, tmp_path / "trained", max_train_steps=3, **source, **flags)) == 3
+    flags["pretrained_model_name_or_path"] = None
+    assert len(train(workspace, tmp_path / "trained", max_train_steps=3, **flags)) == 3
     trained = MelFusionPipeline.from_pretrained(tmp_path / "trained")
     assert trained.synapse.alphas.abs().min() > 0 and trained.synapse.config.image_size == 32
     assert trained.synapse.music_texts == [None] * 6 and abs(play(trained)).max() > 1e-3
     with pytest.raises(ValueError, match="cannot be used with AudioLDM 2"):
-        train(workspace, tmp_path / "other", gradient_checkpointing=True, **source, **flags)
+        train(workspace, tmp_path / "other", gradient_checkpointing=True, **flags)

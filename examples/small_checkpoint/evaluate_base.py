@@ -13,13 +13,7 @@ from torch.nn import functional as F
 from train_vocoder import spectral_losses
 
 from melfusion_pipeline import MusicVocoder
-from melfusion_pipeline.audio import (
-    FFT_LENGTH,
-    FREQUENCY_RANGE,
-    HOP_LENGTH,
-    SAMPLING_RATE,
-    log_mel_spectrogram,
-)
+from melfusion_pipeline.audio import Spectrogram, log_mel_spectrogram
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,8 +30,10 @@ def parse_args() -> argparse.Namespace:
 
 def griffin_lim(mels: torch.Tensor) -> torch.Tensor:
     """Inverts log-mel spectrograms `[N, T, 64]` by least squares and Griffin-Lim: what no network has to learn."""
-    settings = {"sr": SAMPLING_RATE, "n_fft": FFT_LENGTH, "hop_length": HOP_LENGTH, "power": 1.0, "n_iter": 48}
-    settings |= {"fmin": FREQUENCY_RANGE[0], "fmax": FREQUENCY_RANGE[1], "length": mels.shape[1] * HOP_LENGTH}
+    numbers = Spectrogram()
+    settings = {"sr": numbers.sampling_rate, "n_fft": numbers.fft_length, "hop_length": numbers.hop_length}
+    settings |= {"fmin": numbers.min_frequency, "fmax": numbers.max_frequency, "power": 1.0, "n_iter": 48}
+    settings["length"] = mels.shape[1] * numbers.hop_length
     invert = librosa.feature.inverse.mel_to_audio
     # Frames are centred at 0, hop, ..., so it takes one more to reach the end.
     closed = torch.cat([mels, mels[:, -1:]], dim=1).exp().numpy()
@@ -50,9 +46,10 @@ def frame_rate_share(waveforms: torch.Tensor) -> float:
     A vocoder that only convolves the spectrogram repeats itself with each frame where the spectrogram stands still, so
     that every note becomes multiples of 100 Hz. Other sounds lie there by chance, in a share of 0.05.
     """
-    window = torch.hann_window(SAMPLING_RATE)
-    power = torch.stft(waveforms, SAMPLING_RATE, SAMPLING_RATE // 4, window=window, center=False, return_complex=True)
-    frequencies, rate = torch.arange(150, 4000), SAMPLING_RATE // HOP_LENGTH
+    second = Spectrogram.sampling_rate
+    window = torch.hann_window(second)
+    power = torch.stft(waveforms, second, second // 4, window=window, center=False, return_complex=True)
+    frequencies, rate = torch.arange(150, 4000), second // Spectrogram.hop_length
     energy = power.abs().square().sum(dim=-1)[:, frequencies]
     return (energy[:, (frequencies + 2) % rate <= 4].sum(dim=1) / energy.sum(dim=1)).mean().item()
 
