@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from full_size import BASE_MODELS, STABLE_DIFFUSION, build_components
+from full_size import AUDIOLDM, BASE_MODELS, STABLE_DIFFUSION, build_components
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -18,8 +18,13 @@ from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.attention_melfusion import KVBlenders, use_attn_processors
 from melfusion_pipeline.inversion_melfusion import record_image_features
 
-MUSIC_MODELS = [name for name in BASE_MODELS["text_to_music"] if name.startswith("cvssp")]
+MUSIC_MODELS = [name for name in BASE_MODELS["text_to_music"] if name.startswith("cvssp/audioldm-")]
+FAMILIES = [AUDIOLDM, "audioldm-48k", "cvssp/audioldm2", "cvssp/audioldm2-large", "declare-lab/tango"]
 AUDIO_LENGTH_IN_S = 10.24
+# As `from_base_models` notes it: one window.
+LENGTH = {"default_window_length_in_s": AUDIO_LENGTH_IN_S}
+# Of T5's text: as much as AudioLDM 2 takes. GPT-2 makes eight tokens of it.
+TEXT_TOKENS, GENERATED_TOKENS = 128, 8
 INVERSION_STEPS = 10
 
 
@@ -30,6 +35,24 @@ def count(function: Callable, *args, **kwargs) -> tuple[float, object]:
     return counter.get_total_flops() / 1e12, result
 
 
+def text_arguments(unet: torch.nn.Module) -> dict[str, torch.Tensor | None]:
+    """What a prompt becomes for a music UNet, for two guidance branches, on the meta device."""
+    config, meta = unet.config, torch.device("meta")
+    if config.class_embed_type is not None:
+        labels = torch.empty(2, config.projection_class_embeddings_input_dim, device=meta)
+        return {"encoder_hidden_states": None, "class_labels": labels}
+    mask = torch.empty(2, TEXT_TOKENS, device=meta)
+    if isinstance(config.cross_attention_dim, int):
+        text = torch.empty(2, TEXT_TOKENS, config.cross_attention_dim, device=meta)
+        return {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+    _, first, second = config.cross_attention_dim[0]
+    return {
+        "encoder_hidden_states": torch.empty(2, GENERATED_TOKENS, first, device=meta),
+        "encoder_hidden_states_1": torch.empty(2, TEXT_TOKENS, second, device=meta),
+        "encoder_attention_mask_1": mask,
+    }
+
+
 class Counted:
     """The TFLOP of each part of one pipeline at one picture size, for one prompt and one picture.
 
@@ -38,7 +61,8 @@ class Counted:
 
     def __init__(self, pipe: MelFusionPipeline, image_size: int, inversion_steps: int = INVERSION_STEPS) -> None:
         latents = torch.empty(2, *pipe._latent_shape(AUDIO_LENGTH_IN_S), device="meta")
-        embeds = torch.empty(2, pipe.unet.config.projection_class_embeddings_input_dim, device="meta")
+        text = text_arguments(pipe.unet)
+        prompts = {name: rows for name, rows in text.items() if rows is not None}
         timestep = torch.empty((), device="meta")
         side = image_size // pipe.image_vae_scale_factor
         image_latents = torch.empty(1, pipe.image_unet.config.in_channels, side, side, device="meta")
@@ -52,15 +76,15 @@ class Counted:
         self.inversion, features = count(
             record_image_features, *record, progress_bar=functools.partial(tqdm, disable=True)
         )
-        self.fit, (fitted, alphas) = count(pipe.fit_image_features, features, latents)
+        self.fit, (fitted, alphas) = count(pipe.fit_image_features, features, latents, 1.0, prompts)
         self.feature_bytes = features.nbytes // 2
 
-        self.step, _ = count(pipe.unet, latents, timestep, None, class_labels=embeds)
+        self.step, _ = count(pipe.unet, latents, timestep, **text)
         blenders = KVBlenders(pipe.synapse.config.music_layers)
         blenders.read(fitted.at(0), torch.empty(len(layers), 2, device="meta"))
         with use_attn_processors(pipe.unet, blenders):
-            self.blended_step, _ = count(pipe.unet, latents, timestep, None, class_labels=embeds)
-        mel = torch.empty(1, 1024, pipe.vocoder.config.model_in_dim, device="meta")
+            self.blended_step, _ = count(pipe.unet, latents, timestep, **text)
+        mel = torch.empty(1, pipe._num_frames(AUDIO_LENGTH_IN_S), pipe.vocoder.config.model_in_dim, device="meta")
         self.vae, _ = count(pipe.decode_latents, latents[:1])
         self.vocoder, _ = count(pipe.vocoder, mel)
 
@@ -94,6 +118,20 @@ def print_parts(counted: Counted) -> None:
     )
 
 
+def print_family(music_model: str, steps: int = 50) -> None:
+    """Prints one row: layers, parameters and operations of one music model with a picture of 512 pixels."""
+    with torch.device("meta"):
+        pipe = MelFusionPipeline(**build_components(music_model=music_model), **LENGTH)
+    counted, synapse = Counted(pipe, 512), pipe.synapse
+    base, latents = counted.text_to_music(steps), pipe._latent_shape(AUDIO_LENGTH_IN_S)
+    attends = "the text" if synapse.music_texts[0] else "the music"
+    cells = [music_model.split("/")[-1], " x ".join(map(str, latents)), f"{pipe.unet.num_parameters() / 1e6:.0f} M"]
+    cells += [f"{len(synapse.music_texts)}, {attends}", f"{synapse.num_parameters() / 1e6:.2f} M"]
+    cells += [f"{value:.3f}" for value in (counted.step, counted.fit, base)]
+    cells += [f"{way(steps) / base:.3f}" for way in (counted.default, counted.with_features)]
+    print(f"| {' | '.join(cells)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
@@ -103,7 +141,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for music_model in MUSIC_MODELS:
         with torch.device("meta"):
-            pipe = MelFusionPipeline(**build_components(music_model=music_model))
+            pipe = MelFusionPipeline(**build_components(music_model=music_model), **LENGTH)
         for image_size in (512, 256):
             counted = Counted(pipe, image_size)
             for steps in (10, 50, 200):
@@ -113,6 +151,13 @@ def main() -> None:
                 print(f"| {music_model.split('/')[1]} | {image_size} px | {steps} | {base:.2f} | {ratios} |")
             if image_size == 512:
                 print_parts(counted) if music_model == MUSIC_MODELS[0] else None
+    print("\nAll families, 50 steps, picture of 512 px; TFLOP, ratios to text-to-music.\n")
+    print(
+        "| model | latents | UNet | layers, attend to | synapse | a step | fit | 50 steps | default | given features |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for music_model in FAMILIES:
+        print_family(music_model)
     print()
 
 

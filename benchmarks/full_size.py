@@ -41,7 +41,8 @@ def build_components(
     The tokenizers are the small ones of `examples/untrained.py`: their vocabularies do not change the cost.
     """
     image, music = BASE_MODELS["text_to_image"][image_model], BASE_MODELS["text_to_music"][music_model]
-    descriptions = {name: music[name] for name in ("vae", "text_encoder", "unet", "vocoder", "scheduler")}
+    names = ("vae", "text_encoder", "unet", "vocoder", "scheduler")
+    descriptions = {name: music[name] for name in names if name in music}
     descriptions |= {f"image_{name}": image[name] for name in ("vae", "text_encoder", "unet", "scheduler")}
     wanted = [name for name in descriptions if only is None or name in only]
     components = {name: build(descriptions[name]) for name in wanted}
@@ -51,6 +52,9 @@ def build_components(
             "image_tokenizer": picture_components()["image_tokenizer"],
         }
     components |= {name: tokenizer for name, tokenizer in tokenizers.items() if only is None or name in only}
+    if "text_encoder" not in music:
+        # Of AudioLDM 2 and others, whose text encoders the benchmarks leave out.
+        components |= {"text_encoder": None, "tokenizer": None}
     if only is None or "synapse" in only:
         with torch.device("meta"):
             unets = [build(descriptions[name]) for name in ("image_unet", "unet")]

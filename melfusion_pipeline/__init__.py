@@ -12,6 +12,7 @@
 | `melfusion_pipeline.windows_melfusion` | the time axis: windows over a long piece, and which picture each sees |
 | `melfusion_pipeline.decoding_melfusion` | from latents to a waveform, window by window |
 | `melfusion_pipeline.prompts_melfusion` | how a prompt becomes arguments of the music UNet |
+| `melfusion_pipeline.families_melfusion` | the same for AudioLDM 2 and for UNets with one text sequence |
 | `melfusion_pipeline.guidance_melfusion` | the guidance branches and how they are combined |
 | `melfusion_pipeline.denoising_melfusion` | one step: the music UNet on every window, in every branch |
 | `melfusion_pipeline.checks_melfusion` | refusing what a call cannot do |

@@ -34,7 +34,7 @@ logger = logging.get_logger(__name__)
 
 # Under this key an index without components names the folder that holds them.
 CHECKPOINT_KEY = "_checkpoint"
-# What AudioLDM and MusicLDM were trained on; the `sample_size` of their published UNets is half of it.
+# What AudioLDM, MusicLDM and AudioLDM 2 were trained on; the `sample_size` of published UNets may be half of it.
 BASE_LENGTH_IN_S = 10.24
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # What the libraries read beside weights: configurations, vocabularies, sentencepiece models.
@@ -88,7 +88,7 @@ class CheckpointMixin:
             image_revision: The revision of `image_model`. None is `revision`.
             music_revision: The revision of `music_model`. None is `revision`.
             **kwargs: `torch_dtype` (or dtype), `cache_dir`, `token`, `local_files_only`, ..., as `from_pretrained`
-                takes them.
+                takes them, and `spectrogram_fft_length`, ... of a music model whose spectrogram is not AudioLDM's.
 
         Returns:
             A pipeline with every component.
@@ -108,6 +108,7 @@ class CheckpointMixin:
             if wanted and not any(source.has_variant() for source in sources):
                 names = " or ".join(source.name for source in sources)
                 raise ValueError(f"There are no weights of `variant={wanted}` in {names}.")
+        settings = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("spectrogram_")}
         pickles = []
 
         def load(component_class: type, source: _Source, subfolder: str) -> Any:
@@ -136,7 +137,7 @@ class CheckpointMixin:
         elif not isinstance(synapse, ModelMixin):
             synapse = load(synapse_class, *synapse)
         _warn_of_pickles(pickles)
-        return cls(**components, synapse=synapse, default_window_length_in_s=BASE_LENGTH_IN_S)
+        return cls(**components, synapse=synapse, default_window_length_in_s=BASE_LENGTH_IN_S, **settings)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline:

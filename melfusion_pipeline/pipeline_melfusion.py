@@ -228,19 +228,20 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
         do_classifier_free_guidance: bool = True,
         device: torch.device | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Encodes texts with CLAP; what it returns can be given to `__call__`.
+        """Encodes texts as the music model takes them; what it returns can be given to `__call__`.
 
         Args:
             prompt: One text or a list; not needed with `prompt_embeds`.
             negative_prompt: One text for all, or a list as long as the prompts. None is the empty text.
-            prompt_embeds: `[prompts, channels]`, taken as they are.
+            prompt_embeds: What this method returned, taken as it is.
             negative_prompt_embeds: As `prompt_embeds`.
             do_classifier_free_guidance: Whether the negative prompt is needed.
             device: Where to encode. None is the pipeline's device.
 
         Returns:
-            `prompt_embeds` and `negative_prompt_embeds`, each `[prompts, channels]` with L2 norm 1; the latter None
-            without guidance.
+            `prompt_embeds` and `negative_prompt_embeds`; the latter None without guidance. With AudioLDM and MusicLDM
+            each is `[prompts, channels]` with L2 norm 1; with AudioLDM 2, and with a UNet of one text, a dict of the
+            UNet's text arguments, each with one row a prompt.
         """
         prompt_embeds, negative_prompt_embeds = self.prompts.encode(
             prompt,
@@ -424,7 +425,7 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, Diffusion
             eta: The DDIM paper's, in [0, 1]; for schedulers that take it.
             generator: For reproducible noise; one, or one for each waveform.
             latents: Initial noise `[batch, channels, time, frequency]`, unscaled, in place of the generator's.
-            prompt_embeds: `[prompts, channels]`, in place of `prompt`; see `encode_prompt`.
+            prompt_embeds: In place of `prompt`: what `encode_prompt` returns.
             negative_prompt_embeds: In place of `negative_prompt`.
             image_prompt: The text for the picture's UNet; the empty text inverts best.
             image_size: The side in pixels to which pictures are prepared. None is `default_image_size`.

@@ -160,8 +160,14 @@ def picture_influence(pipe: Any, image_features: Any, **arguments: Any) -> dict[
         waveforms, in the guidance branch with picture and prompt. At each time the weights sum to the layer's alpha.
 
     Raises:
-        ValueError: If the features are not of one picture of known size.
+        ValueError: If the features are not of one picture of known size, or the synapse blends layers that attend to a
+            text, whose tokens have no time.
     """
+    if any(pipe.synapse.music_texts):
+        raise ValueError(
+            "`picture_influence` shows layers that attend to the music, but the synapse blends"
+            f" {pipe.synapse.config.music_layers[0]} and others that attend to a text."
+        )
     if image_features.num_images != 1 or image_features.image_size is None:
         raise ValueError(
             "`image_features` must be of one picture of known size, got"

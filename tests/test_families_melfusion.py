@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import assert_near, audioldm2_oracle, generator, photograph
 from test_blending import random_features, textbook, trained_synapse
 from transformers import ClapModel, ClapTextModelWithProjection
@@ -291,3 +292,66 @@ def test_components_of_different_dtypes_work_together(family):
         if type(component).__module__.startswith("transformers") and isinstance(component, torch.nn.Module):
             component.to(torch.bfloat16)
     assert np.isfinite(run(pipe, photograph(), PROMPTS)).all()
+
+
+# --------------------------------------------------------------------------- what diffusers' own test battery looks at
+
+
+@pytest.mark.parametrize("family", ["audioldm2", "text"])
+def test_offloading_and_slicing_do_not_change_the_result(family):
+    pipe, _ = make(family)
+    image = photograph()
+    expected = run(pipe, image, PROMPTS[0])
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert_near(run(pipe, image, PROMPTS[0]), expected)
+    assert all(hasattr(getattr(pipe, name), "_hf_hook") for name in pipe.prompts.components if "tokenizer" not in name)
+    pipe.remove_all_hooks()
+    pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    assert_near(run(pipe, image, PROMPTS[0]), expected)
+
+    pipe, _ = make(family)
+    pipe.enable_attention_slicing(1)
+    pipe.vae.enable_slicing()
+    assert_near(run(pipe, image, PROMPTS[0]), expected)
+
+
+@pytest.mark.parametrize("family", ["audioldm2", "text"])
+def test_sequential_offload_finds_every_weight_where_it_is_used(family):
+    """accelerate keeps weights on the meta device outside of their module's forward: reading one elsewhere fails."""
+    pipe, _ = make(family)
+    expected = run(pipe, photograph(), PROMPTS[0])
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            cpu_offload(component, torch.device("cpu"), offload_buffers=len(component._parameters) > 0)
+    assert pipe.unet.conv_in.weight.device.type == pipe.synapse.alphas.device.type == "meta"
+    assert_near(run(pipe, photograph(), PROMPTS[0]), expected)
+
+
+@pytest.mark.parametrize("family", ["audioldm2", "text"])
+def test_prompts_of_one_length_do_not_depend_on_their_batch_mates(family):
+    """Of other lengths they do with AudioLDM 2, as in diffusers: GPT-2 counts the padding."""
+    pipe, _ = make(family)
+    pictures, prompts = [photograph(seed) for seed in range(3)], ["drums", "flute", "oboes"]
+    together = pipe(pictures, prompts, generator=[generator(seed) for seed in range(3)], **FAST).audios
+    for index in range(3):
+        alone = pipe(pictures[index], prompts[index], generator=generator(index), **FAST).audios
+        assert_near(together[index], alone[0])
+
+
+@pytest.mark.parametrize("family", ["audioldm2", "text"])
+def test_half_precision_runs_close_to_full(family):
+    pipe, _ = make(family)
+    expected = run(pipe, photograph(), PROMPTS[0], output_type="latent")
+    latents = run(pipe.to(torch.bfloat16), photograph(), PROMPTS[0], output_type="latent")
+    assert np.abs(latents - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_guidance_may_change_in_a_callback():
+    pipe, _ = make("audioldm2")
+
+    def stronger(pipe, step, timestep, tensors):
+        pipe._guidance_scale += 4.0
+        return tensors
+
+    changed = run(pipe, None, PROMPTS, callback_on_step_end=stronger)
+    assert pipe.guidance_scale == 11.0 and np.abs(changed - run(pipe, None, PROMPTS)).max() > 0
