@@ -24,7 +24,7 @@ from accelerate.utils import tqdm
 from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
+from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -40,7 +40,8 @@ from evaluate_systems import claim_folder, digest_components, row_generator  # n
 PROMPTS = ("a waltz for piano", "guitar playing a march")
 SECONDS, AROUND = 25.6, 2.56
 # Frames of 10 ms, and how many make a block of the detector.
-FRAME, BLOCK = 0.01, 8
+FRAME, BLOCK, WINDOW = 0.01, 8, 512
+SHIFTS = 12
 OVERLAPS = (0.125, 0.25, 0.5)
 MEASURES = ("log-mel above band 40", "level, log", "spectral flux, log ratio")
 
@@ -130,8 +131,8 @@ def folder_of(arguments: argparse.Namespace, cell: tuple[str, float]) -> Path:
     return arguments.output / f"{cell[0]}-{cell[1]:g}"
 
 
-def seams(overlap: float, length: int = 512) -> list[slice]:
-    """The middle halves of overlaps in frames of 10 ms; `length` is a window's."""
+def seams(overlap: float, length: int = WINDOW) -> list[slice]:
+    """The middle halves of overlaps in frames of 10 ms."""
     windows = Windows.lay_out(round(SECONDS / FRAME), length, round(overlap * length))
     found = []
     for start, before in zip(windows.starts[1:], windows.starts):
@@ -172,8 +173,10 @@ def at_random_places(clips: list[tuple], length: int) -> np.ndarray:
     return np.array(rows)
 
 
-def detect(pieces: list[tuple], places: list[slice]) -> np.ndarray:
-    """Looks for seams, piece by piece, with what is learned from the others; gives each piece's area under the curve.
+def detect(pieces: list[tuple], places: list[slice], moved: int = 0) -> np.ndarray:
+    """Looks for seams with what is learned from other pieces; gives each piece's area under the curve.
+
+    With `moved` it looks for places that are as many blocks away from the seams, as far apart from each other.
 
     A block of 80 ms is described by its spectrum, level and flux and those of its two neighbours, less the piece's
     mean. Half a window at either end is left out: there are no seams, and beginnings sound like beginnings.
@@ -181,7 +184,7 @@ def detect(pieces: list[tuple], places: list[slice]) -> np.ndarray:
     inside = np.zeros(len(pieces[0][0]))
     for place in places:
         inside[place] = 1
-    inside = inside.reshape(-1, BLOCK).mean(axis=1) > 0.5
+    inside = np.roll(inside.reshape(-1, BLOCK).mean(axis=1) > 0.5, moved)
     edge = round(AROUND / FRAME) // BLOCK
     features, labels, groups = [], [], []
     for index, (mel, flux) in enumerate(pieces):
@@ -194,15 +197,17 @@ def detect(pieces: list[tuple], places: list[slice]) -> np.ndarray:
         labels.append(inside[edge:-edge])
         groups += [index] * len(labels[-1])
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000, class_weight="balanced"))
-    everything = np.concatenate(features), np.concatenate(labels), groups
-    found = cross_val_predict(model, *everything[:2], groups=groups, cv=LeaveOneGroupOut(), method="decision_function")
+    features, folds = np.concatenate(features), GroupKFold(min(6, len(pieces)))
+    found = cross_val_predict(
+        model, features, np.concatenate(labels), groups=groups, cv=folds, method="decision_function"
+    )
     return np.array([roc_auc_score(label, part) for label, part in zip(labels, np.split(found, len(pieces)))])
 
 
 def print_table(arguments: argparse.Namespace, cells: list[tuple[str, float]], clips: list[tuple]) -> None:
     print(f"\nSeams less the rest within {AROUND} s; 'within': in the middle 95% of {len(clips)} places in real clips")
-    print(f"| weights | overlap | {' | '.join(f'{name} | within' for name in MEASURES)} | detector, AUC |")
-    print("|---" * (3 + 2 * len(MEASURES)) + "|")
+    print(f"| weights | overlap | {' | '.join(f'{name} | within' for name in MEASURES)} | detector, AUC | moved |")
+    print("|---" * (4 + 2 * len(MEASURES)) + "|")
     for cell in cells:
         places = seams(cell[1])
         pieces = [describe(folder_of(arguments, cell) / f"{index}.flac") for index in range(arguments.pieces)]
@@ -214,12 +219,17 @@ def print_table(arguments: argparse.Namespace, cells: list[tuple[str, float]], c
             within = ((found >= low) & (found <= high))[:, :, measure].mean()
             row += ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*interval), f"{within:.0%}"]
         row.append("{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap_interval(detect(pieces, places))))
+        # A quarter to three quarters of the way to the next seam.
+        step = round((1 - cell[1]) * WINDOW / BLOCK)
+        shifts = np.linspace(step / 4, step * 3 / 4, SHIFTS).round().astype(int)
+        chance = [detect(pieces, places, shift).mean() for shift in shifts]
+        row.append(f"{np.mean(chance):.3f} ± {np.std(chance):.3f}")
         print(f"| {' | '.join(row)} |", flush=True)
     for overlap in arguments.overlaps:
         place = seams(overlap)[0]
         real = at_random_places(clips, place.stop - place.start)
         spread = [f"{mean:+.3f} ± {deviation:.3f} | " for mean, deviation in zip(real.mean(axis=0), real.std(axis=0))]
-        print(f"| real clips, anywhere (mean ± deviation) | {overlap:g} | {' | '.join(spread)} | |")
+        print(f"| real clips, anywhere (mean ± deviation) | {overlap:g} | {' | '.join(spread)} | | |")
 
 
 def draw(arguments: argparse.Namespace, cell: tuple[str, float], count: int = 4) -> None:
