@@ -23,6 +23,10 @@ TESTS = {
     "pictures_melfusion": ["test_pictures_melfusion"],
     "features_melfusion": ["test_inversion_melfusion"],
     "inversion_melfusion": ["test_inversion_melfusion"],
+    "guidance_melfusion": ["test_guidance_melfusion"],
+    "prompts_melfusion": ["test_prompts_melfusion"],
+    "windows_melfusion": ["test_windows_melfusion"],
+    "files_melfusion": ["test_files_melfusion"],
     "metrics": ["test_metrics"],
     "vocoder_melfusion": ["test_vocoder_melfusion"],
 }
@@ -90,7 +94,7 @@ MUTANTS = [
         "context = hidden_states",
         "the text is ignored",
     ),
-    Mutant("attention_melfusion", "attn_mask=attention_mask,", "attn_mask=None,", "the text's mask is ignored"),
+    Mutant("attention_melfusion", "attn_mask=attention_mask)", "attn_mask=None)", "the text's mask is ignored"),
     Mutant("attention_melfusion", "if attn.norm_q is not None:", "if False:", "queries are not normalised"),
     Mutant("attention_melfusion", "if attn.norm_k is not None:", "if False:", "keys are not normalised"),
     Mutant(
@@ -126,9 +130,6 @@ MUTANTS = [
         "if self.key is None or self.value is None:",
         "if False:",
         "an empty cell is read",
-    ),
-    Mutant(
-        "attention_melfusion", "backend=self._attention_backend,", "backend=None,", "the chosen backend is ignored"
     ),
     # ---------------------------------------- the synapse
     Mutant(
@@ -204,8 +205,8 @@ MUTANTS = [
     ),
     Mutant(
         "inversion_melfusion",
-        "image_unet(model_input, source.timestep,",
-        "image_unet(model_input, target.timestep,",
+        "for source in levels[:-1]], device",
+        "for source in levels[1:]], device",
         "the UNet is told the step's target, as in diffusers' examples",
     ),
     Mutant("inversion_melfusion", "levels = levels[::-1]", "levels = levels[:]", "the reconstruction walks upwards"),
@@ -236,6 +237,35 @@ MUTANTS = [
     Mutant(
         "pictures_melfusion", "array.min() < 0 or array.max() > 1", "array.min() < 0", "0 to 255 is taken for 0 to 1"
     ),
+    # ---------------------------------------- guidance, prompts, windows, files
+    Mutant("guidance_melfusion", "(0.0, 1.0, 1.0)", "(0.0, 0.0, 1.0)", "the branch of the picture alone is blind"),
+    Mutant(
+        "guidance_melfusion",
+        "self.guidance_scale * (noise_pred_text - noise_pred_image)",
+        "self.guidance_scale * (noise_pred_text - noise_pred_free)",
+        "the text's guidance counts the picture again",
+    ),
+    Mutant(
+        "guidance_melfusion",
+        "(noise_pred_image - noise_pred_free)",
+        "(noise_pred_free - noise_pred_image)",
+        "the picture guides away from itself",
+    ),
+    Mutant("guidance_melfusion", "range(self.num_branches - 1)", "range(1)", "three branches get two prompts"),
+    Mutant("guidance_melfusion", ".chunk(self.num_branches)[-1]", ".chunk(self.num_branches)[0]", "prompts swap"),
+    Mutant("guidance_melfusion", "self.guidance_scale > 1.0", "self.guidance_scale >= 1.0", "1 costs a branch"),
+    Mutant("prompts_melfusion", "seen * (lengths /", "seen * (seen.norm(dim=-1, keepdim=True) /", "means stay short"),
+    Mutant("prompts_melfusion", "rows.unsqueeze(2)", "rows.unsqueeze(3)", "windows and waveforms change places"),
+    Mutant("prompts_melfusion", "rows.movedim(0, 1).flatten(0, 2)", "rows.flatten(0, 2)", "windows come first"),
+    Mutant(
+        "prompts_melfusion",
+        "repeat_interleave(num_waveforms_per_prompt, dim=0)",
+        "repeat(num_waveforms_per_prompt, 1)",
+        "waveforms get each other's prompts",
+    ),
+    Mutant("windows_melfusion", "/ sum(weights.values())", "", "weights do not sum to 1"),
+    Mutant("windows_melfusion", "* (other < last)", "* (other < 0)", "the margin at a window's end is kept"),
+    Mutant("files_melfusion", "file.name == last", "file.name != last", "the index comes first"),
     # ---------------------------------------- metrics
     Mutant("metrics", "np.sqrt(len(samples) - 1)", "np.sqrt(len(samples))", "the covariance is biased"),
     Mutant("metrics", "+ spread - 2 * cross", "+ spread - cross", "identical sets have a distance"),
