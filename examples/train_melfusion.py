@@ -80,7 +80,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def add_model_arguments(group) -> None:
     group.add_argument("--pretrained_model_name_or_path", help="a MeLFusion pipeline (id or folder) to go on from")
     group.add_argument("--pretrained_image_model", help="Stable Diffusion 1 or 2 (id or folder)")
-    group.add_argument("--pretrained_music_model", help="AudioLDM or MusicLDM (id or folder)")
+    group.add_argument("--pretrained_music_model", help="AudioLDM, MusicLDM, AudioLDM 2, ... (id or folder)")
     group.add_argument("--synapse", help="a trained synapse (id or folder) to go on from, with the two base models")
     group.add_argument("--variant", help="of the weights, such as fp16")
 

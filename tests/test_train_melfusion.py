@@ -59,16 +59,18 @@ def arguments(workspace: Path, output: Path, **flags) -> list[str]:
         "report_to": "none",
         **flags,
     }
-    flags = {name: value for name, value in flags.items() if value is not None}
     texts = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in flags.items()]
     return [text for pair in texts for text in pair]
 
 
 def train(workspace: Path, output: Path, **flags) -> list[float]:
-    """Trains in this process and gives the losses."""
+    """Trains in this process and gives the losses; a flag that is "" is left out."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    train_melfusion.main(arguments(workspace, output, **flags))
+    given = arguments(workspace, output, **flags)
+    while "" in given:
+        del given[given.index("") - 1 : given.index("") + 1]
+    train_melfusion.main(given)
     return losses(output)
 
 

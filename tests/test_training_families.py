@@ -105,7 +105,7 @@ def test_the_script_trains_audioldm2_from_base_models(workspace, tmp_path):  # n
         if name != "synapse":
             component.save_pretrained(tmp_path / side / name.removeprefix("image_"))
     flags = {"pretrained_image_model": tmp_path / "image", "pretrained_music_model": tmp_path / "music"}
-    flags["pretrained_model_name_or_path"] = None
+    flags["pretrained_model_name_or_path"] = ""
     assert len(train(workspace, tmp_path / "trained", max_train_steps=3, **flags)) == 3
     trained = MelFusionPipeline.from_pretrained(tmp_path / "trained")
     assert trained.synapse.alphas.abs().min() > 0 and trained.synapse.config.image_size == 32
