@@ -90,7 +90,14 @@ class Spectrogram:
 
     @classmethod
     def of(cls, pipe: DiffusionPipeline) -> "Spectrogram":
-        """Gives the spectrogram of a pipeline: what its vocoder tells of it, and the rest from its own config."""
+        """Gives the spectrogram of a pipeline: what its vocoder tells of it, and the rest from its own config.
+
+        Args:
+            pipe: The `MelFusionPipeline`.
+
+        Returns:
+            The numbers.
+        """
         vocoder, config = pipe.vocoder.config, pipe.config
         return cls(
             sampling_rate=vocoder.sampling_rate,
@@ -413,7 +420,14 @@ def working_dtype(device: torch.device) -> torch.dtype:
 
 
 def mel_filters(spectrogram: Spectrogram = Spectrogram()) -> torch.Tensor:
-    """Returns the mel filter bank, float64 `[fft_length / 2 + 1, num_mel_bands]` (frequency bin x mel band)."""
+    """Computes the mel filter bank.
+
+    Args:
+        spectrogram: Its numbers.
+
+    Returns:
+        float64 `[fft_length / 2 + 1, num_mel_bands]` (frequency bin x mel band).
+    """
     filters = mel_filter_bank(
         spectrogram.fft_length // 2 + 1,
         spectrogram.num_mel_bands,

@@ -391,7 +391,16 @@ def warn_if_trained_otherwise(synapse: Any, image_features: ImageFeatures) -> No
 
 
 def check_synapse_scale(synapse: Any, synapse_scale: float | list[float]) -> None:
-    """Refuses what is neither one number nor one for each layer of the `VisualSynapse` `synapse`."""
+    """Refuses what is neither one number nor one for each layer.
+
+    Args:
+        synapse: The `VisualSynapse`.
+        synapse_scale: Multiplies every alpha, or one number for each layer.
+
+    Raises:
+        TypeError: If it holds anything but real numbers.
+        ValueError: If a number is not finite, or there are more or fewer than layers.
+    """
     num_layers = len(synapse.config.music_layers)
     if isinstance(synapse_scale, (np.ndarray, torch.Tensor)):
         synapse_scale = synapse_scale.tolist()

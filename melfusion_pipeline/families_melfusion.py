@@ -50,14 +50,31 @@ class TextPrompts:
         return {"encoder_hidden_states": self.pipe.unet.config.cross_attention_dim}
 
     def check_components(self) -> None:
-        """Refuses components of another family of music models; see `checks_melfusion.check_components`."""
+        """Refuses components of another family of music models.
+
+        Raises:
+            ValueError: If a component is of another kind than `components` tells, or makes texts of a width that the
+                UNet does not take.
+        """
         check_family(self.pipe, self)
         encoder, unet = self.pipe.text_encoder, self.pipe.unet
         if None not in (encoder, unet):
             _check_width("text_encoder", encoder.config.d_model, "encoder_hidden_states", self.widths)
 
     def check(self, name: str, prompt_embeds: dict[str, torch.Tensor]) -> int:
-        """Refuses embeddings that the UNet cannot take; see `ClapPrompts.check`."""
+        """Refuses embeddings that the UNet cannot take.
+
+        Args:
+            name: The argument's name, for messages.
+            prompt_embeds: To be in the form of this class, each tensor `[prompts, tokens, ...]`.
+
+        Returns:
+            The number of prompts.
+
+        Raises:
+            TypeError: If it is no dict of tensors.
+            ValueError: If an argument is missing or unknown, has another shape, or holds NaN or infinite values.
+        """
         return check_texts(name, prompt_embeds, self.widths, self.masks)
 
     def encode(
@@ -69,7 +86,23 @@ class TextPrompts:
         do_classifier_free_guidance: bool,
         device: torch.device,
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
-        """Encodes texts, and takes embeddings that are given in their place as they are; see `ClapPrompts.encode`."""
+        """Encodes texts, and takes embeddings that are given in their place as they are.
+
+        Args:
+            prompt: One text or a list; not needed with `prompt_embeds`.
+            negative_prompt: One text for all, or a list as long as the prompts. None is the empty text.
+            prompt_embeds: In the form of this class, each tensor `[prompts, tokens, ...]`, or None.
+            negative_prompt_embeds: As `prompt_embeds`, or of one prompt for all.
+            do_classifier_free_guidance: Whether the negative prompt is needed.
+            device: Where to encode.
+
+        Returns:
+            `prompt_embeds` and `negative_prompt_embeds`, with equal numbers of prompts and tokens; the latter None
+            without guidance.
+
+        Raises:
+            ValueError: If texts are given, but no encoder, or lengths that no mask can make equal.
+        """
         if prompt_embeds is None:
             prompt_embeds = self._embed([prompt] if isinstance(prompt, str) else prompt, device)
         if not do_classifier_free_guidance:
@@ -99,17 +132,39 @@ class TextPrompts:
         }
 
     def to_unet(self, prompt_embeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Gives the UNet's arguments by name, each with one row a prompt."""
+        """Gives the UNet's arguments by name, each with one row a prompt.
+
+        Args:
+            prompt_embeds: In the form of this class, which is the UNet's; each `[prompts, tokens, ...]`.
+
+        Returns:
+            The same.
+        """
         return prompt_embeds
 
     def from_unet(self, arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Gives the embeddings of which `to_unet` made `arguments`."""
+        """Gives the embeddings of which `to_unet` made `arguments`.
+
+        Args:
+            arguments: The UNet's arguments by name, each `[prompts, tokens, ...]`.
+
+        Returns:
+            The same.
+        """
         return arguments
 
     def see(self, arguments: dict[str, torch.Tensor], windows: Windows, group: range) -> dict[str, torch.Tensor]:
         """Gives each window of a storyboard the mean of its pictures' texts, weighted by their shares.
 
-        At each token the mean is that of the texts that have one there; see `ClapPrompts.see` for the arguments.
+        At each token the mean is that of the texts that have one there.
+
+        Args:
+            arguments: What each picture's prompt became, `[pictures, ..., tokens, channels]`, and masks.
+            windows: The windows, with the pictures' places in them.
+            group: Which of them.
+
+        Returns:
+            The arguments, each `[windows of the group, ..., tokens, channels]`.
         """
         seen = {}
         for name in self.widths:
@@ -155,7 +210,12 @@ class AudioLDM2Prompts(TextPrompts):
         return dict(zip(("encoder_hidden_states", "encoder_hidden_states_1"), widths))
 
     def check_components(self) -> None:
-        """Refuses components of another family of music models; see `checks_melfusion.check_components`."""
+        """Refuses components of another family of music models.
+
+        Raises:
+            ValueError: If a component is of another kind than `components` tells, or makes texts of a width that the
+                UNet does not take.
+        """
         pipe = self.pipe
         check_family(pipe, self)
         given = {name: getattr(pipe, name) for name in self.components}
@@ -179,9 +239,24 @@ class AudioLDM2Prompts(TextPrompts):
         do_classifier_free_guidance: bool,
         device: torch.device,
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
-        """Encodes texts, and takes embeddings that are given in their place as they are; see `ClapPrompts.encode`.
+        """Encodes texts, and takes embeddings that are given in their place as they are.
 
         A negative prompt is padded and cut to the length of its prompt, as by `AudioLDM2Pipeline`.
+
+        Args:
+            prompt: One text or a list; not needed with `prompt_embeds`.
+            negative_prompt: One text for all, or a list as long as the prompts. None is the empty text.
+            prompt_embeds: In the form of this class, each tensor `[prompts, tokens, ...]`, or None.
+            negative_prompt_embeds: As `prompt_embeds`, or of one prompt for all.
+            do_classifier_free_guidance: Whether the negative prompt is needed.
+            device: Where to encode.
+
+        Returns:
+            `prompt_embeds` and `negative_prompt_embeds`, with equal numbers of prompts and tokens; the latter None
+            without guidance.
+
+        Raises:
+            ValueError: If texts are given, but no encoder, or lengths that no mask can make equal.
         """
         encodes_negative = do_classifier_free_guidance and negative_prompt_embeds is None
         if prompt_embeds is None or encodes_negative:
@@ -277,7 +352,14 @@ def family_of(unet_config: Mapping[str, Any]) -> type:
 
 
 def family_of_pipeline(pipe: Any) -> type:
-    """Tells the family of a pipeline's music model: by its UNet, or, where it has none, by what encodes its texts."""
+    """Tells the family of a pipeline's music model: by its UNet, or, where it has none, by what encodes its texts.
+
+    Args:
+        pipe: The pipeline.
+
+    Returns:
+        As `family_of`.
+    """
     if pipe.unet is None:
         encoder = TextPrompts if isinstance(pipe.text_encoder, T5EncoderModel) else ClapPrompts
         return encoder if pipe.language_model is None else AudioLDM2Prompts
@@ -287,7 +369,14 @@ def family_of_pipeline(pipe: Any) -> type:
 
 
 def text_tower(text_encoder: Any) -> Any:
-    """Gives the text half of a `ClapModel`, which is what music models use of it; others stay as they are."""
+    """Gives the text half of a `ClapModel`, which is what music models use of it; others stay as they are.
+
+    Args:
+        text_encoder: The model.
+
+    Returns:
+        A `ClapTextModelWithProjection` that shares its weights, or `text_encoder`.
+    """
     if not isinstance(text_encoder, ClapModel):
         return text_encoder
     with torch.device("meta"):
@@ -305,7 +394,14 @@ def _check_width(name: str, width: int, argument: str, widths: dict[str, int]) -
 
 
 def text_lengths(arguments: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Gives the number of tokens of each text sequence, `[rows, tokens, channels]`, among the UNet's arguments."""
+    """Gives the number of tokens of each text sequence among the UNet's arguments.
+
+    Args:
+        arguments: By name; a text sequence is `[rows, tokens, channels]`.
+
+    Returns:
+        The numbers by name.
+    """
     return {name: rows.shape[1] for name, rows in arguments.items() if rows.ndim == 3}
 
 
@@ -382,7 +478,15 @@ def pair_texts(
 
 
 def pad_texts(arguments: dict[str, torch.Tensor], lengths: dict[str, int]) -> dict[str, torch.Tensor]:
-    """Appends zeros to the tokens, `[prompts, tokens, ...]`, of each argument up to `lengths`; a mask hides them."""
+    """Appends zeros to the tokens, which a mask hides.
+
+    Args:
+        arguments: The UNet's arguments by name, each `[prompts, tokens, ...]`.
+        lengths: The number of tokens to reach, by name.
+
+    Returns:
+        The arguments, of these lengths.
+    """
     return {
         name: F.pad(rows, (0, 0) * (rows.ndim - 2) + (0, lengths[name] - rows.shape[1]))
         for name, rows in arguments.items()

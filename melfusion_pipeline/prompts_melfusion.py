@@ -178,13 +178,21 @@ def check_family(pipe: Any, family: Any) -> None:
         # Of models by others in this place too, such as quantised ones; tokenizers know no kind.
         if found and wanted.config_class.model_type.partition("_")[0] not in found:
             raise ValueError(
-                f"`{name}` is a {type(component).__name__}, but `unet` is that of {family.name} and needs a"
-                f" {wanted.__name__}: is one of them the picture's, or another music model's?"
+                f"`unet` is that of {family.name} and needs a {wanted.__name__} as `{name}`, but that is a"
+                f" {type(component).__name__}: is one of them the picture's, or another music model's?"
             )
 
 
 def check_encoders(pipe: Any, family: Any) -> None:
-    """Refuses texts where a component with which the family encodes them is missing."""
+    """Refuses texts where a component with which the family encodes them is missing.
+
+    Args:
+        pipe: The pipeline.
+        family: The class of its prompts, or an instance: its `components` tell what is needed.
+
+    Raises:
+        ValueError: If one of them is None; the message names it.
+    """
     missing = [f"`{name}`" for name in family.components if getattr(pipe, name) is None]
     if missing:
         raise ValueError(

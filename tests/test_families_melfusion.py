@@ -241,11 +241,11 @@ def test_components_of_another_family_are_refused_by_name():
             {**both["audioldm"], "unet": audioldm2_unet(), "synapse": None},
         ),
         (
-            "`text_encoder` is a ClapTextModelWithProjection, but `unet` is that of a UNet with one text sequence",
+            "`unet` is that of a UNet with one text sequence and needs a T5EncoderModel as `text_encoder`",
             {**both["text"], "text_encoder": clap},
         ),
         (
-            "`text_encoder` is a T5EncoderModel, but `unet` is that of AudioLDM and needs a ClapTextModel",
+            "`unet` is that of AudioLDM and needs a ClapTextModelWithProjection as `text_encoder`",
             {**both["audioldm"], "text_encoder": t5},
         ),
         ("`text_encoder_2` has no use where `unet` is that of AudioLDM", {**both["audioldm"], **extra}),
