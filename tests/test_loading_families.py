@@ -12,9 +12,9 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from safetensors.torch import load_file
 from test_loading_melfusion import (
     CODE,
-    a_stranger,
     assert_equal_weights,
     booby_trap,
+    load_and_save_as_a_stranger,
     pickle_weights,
     play,
     warnings_logged,  # noqa: F401 - a fixture
@@ -83,8 +83,7 @@ def test_a_stranger_who_trusts_the_code_needs_no_package(pipe, checkpoint, hub, 
     hub.add_repo("tester/music", checkpoint)
     np.save(tmp_path / "expected.npy", play(pipe))
     photograph().save(tmp_path / "picture.png")
-    with a_stranger(tmp_path) as load_and_save:
-        load_and_save("tester/music", "tester/again")
+    load_and_save_as_a_stranger(tmp_path, "tester/music", "tester/again")
     assert CODE <= hub.files("tester/again").keys()
 
 

@@ -389,6 +389,21 @@ def pipe_with_toy(components, tmp_path, monkeypatch) -> MelFusionPipeline:
     return MelFusionPipeline(**{**components, "vocoder": module.ToyVocoder().eval()})
 
 
+def load_and_save_as_a_stranger(folder: Path, *arguments: str) -> None:
+    """Loads and saves a checkpoint in a fork of this process that forgets the package."""
+
+    def load_and_save() -> None:
+        os.chdir(folder)
+        forget_the_package()
+        stranger = {}
+        exec(STRANGER, stranger)
+        stranger["load_and_save"](*arguments)
+
+    process = start(load_and_save, folder / "printed")
+    process.join()
+    assert process.exitcode == 0, (folder / "printed").read_text()
+
+
 def test_any_component_of_this_package_travels_with_its_code(pipe_with_toy, hub, tmp_path, warnings_logged):
     pipe, checkpoint = pipe_with_toy, tmp_path / "checkpoint"
     expected = play(pipe)
@@ -400,16 +415,7 @@ def test_any_component_of_this_package_travels_with_its_code(pipe_with_toy, hub,
     np.save(tmp_path / "expected.npy", expected)
     photograph().save(tmp_path / "picture.png")
 
-    def load_and_save() -> None:
-        os.chdir(tmp_path)
-        forget_the_package()
-        stranger = {}
-        exec(STRANGER, stranger)
-        stranger["load_and_save"]("tester/toy", "tester/again")
-
-    process = start(load_and_save, tmp_path / "printed")
-    process.join()
-    assert process.exitcode == 0, (tmp_path / "printed").read_text()
+    load_and_save_as_a_stranger(tmp_path, "tester/toy", "tester/again")
     assert hub.files("tester/again")["vocoder/toy_melfusion.py"].decode() == TOY
     booby_trap(checkpoint)
     (checkpoint / "vocoder" / "toy_melfusion.py").write_text("raise RuntimeError('the code of the checkpoint ran')")
