@@ -753,6 +753,8 @@ def test_the_bundled_checkpoint_carries_the_code_of_the_package_as_links():
     index = json.loads((bundled / "model_index.json").read_text())
     assert index["synapse"] == ["modeling_melfusion", "VisualSynapse"]
     assert (bundled / "synapse" / "modeling_melfusion.py").resolve() == package / "modeling_melfusion.py"
+    assert index["vocoder"] == ["vocoder_melfusion", "MusicVocoder"]
+    assert (bundled / "vocoder" / "vocoder_melfusion.py").resolve() == package / "vocoder_melfusion.py"
     assert all(file.is_symlink() for file in bundled.rglob("*.py"))
 
 
@@ -767,6 +769,7 @@ def test_the_bundled_checkpoint_loads_in_every_way(hub):
             DiffusionPipeline.from_pretrained(source, trust_remote_code=True),
         ):
             assert_equal_weights(expected.synapse, loaded.synapse)
+            assert_equal_weights(expected.vocoder, loaded.vocoder)
         assert type(loaded) is not MelFusionPipeline
     assert_equal_weights(expected.synapse, VisualSynapse.from_pretrained("tester/small", subfolder="synapse"))
 

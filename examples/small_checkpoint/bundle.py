@@ -1,4 +1,4 @@
-"""Bundles a trained pipeline as the small checkpoint: without code, with its model card and the data's attribution.
+"""Bundles a trained pipeline as the small checkpoint: its code as links, with model card and the data's attribution.
 
 Weights of diffusers classes are saved in half precision, which loads as float32; transformers would load it as it is
 stored, and a CPU is slow at that, so its classes are saved in float32.
@@ -6,6 +6,7 @@ stored, and a CPU is slow at that, so its classes are saved in float32.
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def main() -> None:
         # Two folders further up lies the package itself, which a copy of its code could only contradict.
         for module in folder.rglob("*.py"):
             module.unlink()
+            module.symlink_to(os.path.relpath(ROOT / "melfusion_pipeline" / module.name, module.parent))
         shutil.copy(args.card, folder / "README.md")
         shutil.copy(args.data / "ATTRIBUTION.csv", folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

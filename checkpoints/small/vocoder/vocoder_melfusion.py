@@ -1,0 +1,1 @@
+../../../melfusion_pipeline/vocoder_melfusion.py
