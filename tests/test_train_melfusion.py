@@ -191,9 +191,12 @@ def test_sigkill_at_a_random_moment_loses_nothing(workspace, tmp_path, kills):
         )
         process.start()
         goal = len(train_melfusion.list_checkpoints(output)) and latest_step(output)
+        seen = {}
         while process.is_alive() and latest_step(output) < goal + 2:
-            time.sleep(0.02)
-        time.sleep(chance.uniform(0, 0.5))
+            seen.setdefault(latest_step(output), time.monotonic())
+            time.sleep(0.005)
+        # By the pace of the run: after half a second a fast machine would be at its end.
+        time.sleep(chance.uniform(0, 1.5) * min(0.3, time.monotonic() - max(seen.values())))
         if not process.is_alive():
             break
         os.kill(process.pid, signal.SIGKILL)
