@@ -27,7 +27,7 @@ from mood import MoodRule  # noqa: E402
 PICTURES = ("rocket_at_night", "fog", "mountain_lake", "rocket_hall")
 PROMPTS = ("a waltz for piano", "organ playing a march")
 # What the README shows: the stillest and the most stirring of them.
-OPPOSITES = ("fog", "rocket_hall")
+OPPOSITES = ("rocket_at_night", "rocket_hall")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -108,7 +108,8 @@ class _FeatureReader:
             )
         self._fit(sample, call)
         timesteps = torch.as_tensor(call["timestep"]).flatten()
-        if not (timesteps == timesteps[0]).all():
+        # One timestep, as diffusers' pipelines pass it, need not be waited for.
+        if len(timesteps) > 1 and not (timesteps == timesteps[0]).all():
             raise ValueError(f"`blend_image` needs all rows at one timestep, got {timesteps.tolist()}.")
         (step,) = self.fitted.nearest(timesteps[:1]).tolist()
         self.blenders.read(self.fitted.at_step(step), self.alphas)

@@ -24,6 +24,15 @@ from .windows_melfusion import Windows
 MAX_TEXT_TOKENS = 4096
 
 
+class TextEmbeds(dict):
+    """The UNet's text arguments by name; a slice takes rows of each, as diffusers' callbacks do with a tensor."""
+
+    def __getitem__(self, key: str | slice) -> "torch.Tensor | TextEmbeds":
+        if isinstance(key, slice):
+            return TextEmbeds({name: rows[key] for name, rows in self.items()})
+        return super().__getitem__(key)
+
+
 class TextPrompts:
     """UNets with one text sequence, in Tango's shape: T5's states, and a mask that says which are no padding.
 
@@ -103,14 +112,28 @@ class TextPrompts:
         Raises:
             ValueError: If texts are given, but no encoder, or lengths that no mask can make equal.
         """
-        if prompt_embeds is None:
-            prompt_embeds = self._embed([prompt] if isinstance(prompt, str) else prompt, device)
+        encodes_negative = do_classifier_free_guidance and negative_prompt_embeds is None
+        if prompt_embeds is None or encodes_negative:
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]
+            given = None if prompt_embeds is None else self._move(prompt_embeds, device)
+            prompt_embeds, negatives = self._embed_pairs(prompts, negatives, given, encodes_negative, device)
+            negative_prompt_embeds = negatives if encodes_negative else negative_prompt_embeds
         if not do_classifier_free_guidance:
             return self._move(prompt_embeds, device), None
-        if negative_prompt_embeds is None:
-            negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]
-            negative_prompt_embeds = self._embed(negatives, device)
         return pair_texts(self._move(prompt_embeds, device), self._move(negative_prompt_embeds, device), self.masks)
+
+    def _embed_pairs(
+        self,
+        prompts: list[str] | None,
+        negatives: list[str],
+        given: dict[str, torch.Tensor] | None,
+        with_negatives: bool,
+        device: torch.device,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+        """Encodes prompts that are not `given`, and negative prompts."""
+        prompt_embeds = self._embed(prompts, device) if given is None else given
+        return prompt_embeds, self._embed(negatives, device) if with_negatives else None
 
     def _embed(self, texts: list[str], device: torch.device) -> dict[str, torch.Tensor]:
         check_encoders(self.pipe, self)
@@ -142,16 +165,16 @@ class TextPrompts:
         """
         return prompt_embeds
 
-    def from_unet(self, arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def from_unet(self, arguments: dict[str, torch.Tensor]) -> TextEmbeds:
         """Gives the embeddings of which `to_unet` made `arguments`.
 
         Args:
             arguments: The UNet's arguments by name, each `[prompts, tokens, ...]`.
 
         Returns:
-            The same.
+            The same, with rows that callbacks can take.
         """
-        return arguments
+        return TextEmbeds(arguments)
 
     def see(self, arguments: dict[str, torch.Tensor], windows: Windows, group: range) -> dict[str, torch.Tensor]:
         """Gives each window of a storyboard the mean of its pictures' texts, weighted by their shares.
@@ -187,7 +210,8 @@ class AudioLDM2Prompts(TextPrompts):
     `encoder_hidden_states_1` `[prompts, tokens, channels]` (T5's) and `encoder_attention_mask_1` `[prompts, tokens]`.
 
     The encoding is that of diffusers' `AudioLDM2Pipeline`. It pads to the longest text of the batch, and GPT-2 counts
-    the padding: what a prompt becomes depends on its batch-mates there, and so it does here.
+    the padding: what a prompt becomes depends on its batch-mates there, and so it does here. A negative prompt is
+    padded and cut to the length of its prompt.
     """
 
     name = "AudioLDM 2"
@@ -230,45 +254,6 @@ class AudioLDM2Prompts(TextPrompts):
             _check_width("language_model", pipe.language_model.config.n_embd, "encoder_hidden_states", self.widths)
             _check_width("text_encoder_2", pipe.text_encoder_2.config.d_model, "encoder_hidden_states_1", self.widths)
 
-    def encode(
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        prompt_embeds: dict[str, torch.Tensor] | None,
-        negative_prompt_embeds: dict[str, torch.Tensor] | None,
-        do_classifier_free_guidance: bool,
-        device: torch.device,
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
-        """Encodes texts, and takes embeddings that are given in their place as they are.
-
-        A negative prompt is padded and cut to the length of its prompt, as by `AudioLDM2Pipeline`.
-
-        Args:
-            prompt: One text or a list; not needed with `prompt_embeds`.
-            negative_prompt: One text for all, or a list as long as the prompts. None is the empty text.
-            prompt_embeds: In the form of this class, each tensor `[prompts, tokens, ...]`, or None.
-            negative_prompt_embeds: As `prompt_embeds`, or of one prompt for all.
-            do_classifier_free_guidance: Whether the negative prompt is needed.
-            device: Where to encode.
-
-        Returns:
-            `prompt_embeds` and `negative_prompt_embeds`, with equal numbers of prompts and tokens; the latter None
-            without guidance.
-
-        Raises:
-            ValueError: If texts are given, but no encoder, or lengths that no mask can make equal.
-        """
-        encodes_negative = do_classifier_free_guidance and negative_prompt_embeds is None
-        if prompt_embeds is None or encodes_negative:
-            prompts = [prompt] if isinstance(prompt, str) else prompt
-            negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]
-            given = None if prompt_embeds is None else self._move(prompt_embeds, device)
-            prompt_embeds, negatives = self._embed_pairs(prompts, negatives, given, encodes_negative, device)
-            negative_prompt_embeds = negatives if encodes_negative else negative_prompt_embeds
-        if not do_classifier_free_guidance:
-            return self._move(prompt_embeds, device), None
-        return pair_texts(self._move(prompt_embeds, device), self._move(negative_prompt_embeds, device), self.masks)
-
     def _embed_pairs(
         self,
         prompts: list[str] | None,
@@ -277,7 +262,7 @@ class AudioLDM2Prompts(TextPrompts):
         with_negatives: bool,
         device: torch.device,
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
-        """Lets the library encode prompts that are not `given`, and negative prompts; see `encode`."""
+        """Lets the library encode prompts that are not `given`, and negative prompts."""
         # Here, because it imports librosa where that is installed, which takes its time.
         from diffusers import AudioLDM2Pipeline
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from conftest import assert_near, audioldm2_oracle, generator, photograph
+from diffusers.callbacks import SDCFGCutoffCallback
 from test_blending import random_features, textbook, trained_synapse
 from transformers import ClapModel, ClapTextModelWithProjection
 from untrained import audioldm2_unet, text_unet, untrained_components
@@ -197,6 +198,22 @@ def test_a_callback_may_change_the_texts():
     changed = run(pipe, None, PROMPTS, callback_on_step_end=look, callback_on_step_end_tensor_inputs=names)
     assert [set(rows.values()) for rows in seen] == [{4}, {4}] and len(seen[0]) == 3
     assert np.abs(changed - run(pipe, None, PROMPTS)).max() > 0
+
+
+@pytest.mark.parametrize("family", ["audioldm2", "text"])
+def test_the_callbacks_of_diffusers_take_rows_of_the_texts(family):
+    pipe, _ = make(family)
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+
+    def by_hand(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 0.0
+        return {"prompt_embeds": {name: rows[-1:] for name, rows in tensors["prompt_embeds"].items()}}
+
+    cut = run(pipe, None, PROMPTS[:1], callback_on_step_end=cutoff)
+    expected = run(
+        pipe, None, PROMPTS[:1], callback_on_step_end=by_hand, callback_on_step_end_tensor_inputs=["prompt_embeds"]
+    )
+    assert np.array_equal(cut, expected) and not np.array_equal(cut, run(pipe, None, PROMPTS[:1]))
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
