@@ -6,6 +6,8 @@ import resource
 from collections.abc import Callable
 from pathlib import Path
 
+from processes import start_anew
+
 
 def on_a_full_disk(action: Callable[[], None], largest_file: int) -> str:
     """Runs `action` in a process that cannot write files beyond a size, and gives the error it ends in.
@@ -16,6 +18,7 @@ def on_a_full_disk(action: Callable[[], None], largest_file: int) -> str:
     receiver, sender = context.Pipe(duplex=False)
 
     def write() -> None:
+        start_anew()
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
         try:
             action()

@@ -19,6 +19,7 @@ import train_melfusion
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import assert_near, generator, photograph
 from full_disk import contents, on_a_full_disk
+from processes import start_anew
 from untrained import untrained_components
 
 from melfusion_pipeline import MelFusionPipeline
@@ -172,6 +173,7 @@ def test_wrong_flags_are_refused_before_anything_loads(workspace, tmp_path, caps
 
 
 def train_forever(workspace: Path, output: Path, flags: dict) -> None:
+    start_anew()
     sys.stdout = sys.stderr = open(os.devnull, "w")
     train(workspace, output, **flags)
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed
 from conftest import assert_near, photograph
+from processes import start_anew
 from torch.nn.parallel import DistributedDataParallel
 from untrained import untrained_components
 
@@ -316,6 +317,7 @@ def test_caches_serve_training_in_mixed_precision(training_pipe, batch, tmp_path
 
 
 def distributed_gradients(rank: int, folder, queue) -> None:
+    start_anew()
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     pipe = MelFusionPipeline(**untrained_components(mel_bands=64, latent_frames=16))
     objective = make_objective(pipe, trainable="unet")
