@@ -18,34 +18,19 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    GradientAccumulationPlugin,
-    ProjectConfiguration,
-    broadcast_object_list,
-    send_to_device,
-    set_seed,
-)
-from diffusers.optimization import SchedulerType, get_scheduler
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, send_to_device, set_seed
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from publish import Publication, read_training, upload, write_model_card, write_training
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
+from train_arguments import parse_arguments
+from train_data import Position, endless_batches, load_checked_rows, make_loader, reader
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import Spectrogram, save_audio
-from melfusion_pipeline.data import (
-    COLUMNS,
-    TripletDataset,
-    TripletStream,
-    check_rows,
-    format_problems,
-    load_rows,
-    open_image,
-    read_triplet,
-    select_good_rows,
-)
+from melfusion_pipeline.data import open_image
 from melfusion_pipeline.files_melfusion import atomic_write, staged_folder
-from melfusion_pipeline.pictures_melfusion import prepare_image
 from melfusion_pipeline.plotting import plot_mel_spectrogram
 from melfusion_pipeline.training import (
     TRAINABLE,
@@ -62,136 +47,7 @@ VALIDATION_DRAWS = 4
 VALIDATION_BATCH_SIZE = 4
 
 
-# ---------------------------------------- arguments
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_arguments(parser.add_argument_group("models"))
-    add_data_arguments(parser.add_argument_group("data"))
-    add_training_arguments(parser.add_argument_group("training"))
-    add_output_arguments(parser.add_argument_group("checkpoints, validation, publishing"))
-    args = parser.parse_args(arguments)
-    if problems := list(find_problems(args)):
-        parser.error("\n  ".join(["wrong arguments:", *problems]))
-    return args
-
-
-def add_model_arguments(group) -> None:
-    group.add_argument("--pretrained_model_name_or_path", help="a MeLFusion pipeline (id or folder) to go on from")
-    group.add_argument("--pretrained_image_model", help="Stable Diffusion 1 or 2 (id or folder)")
-    group.add_argument("--pretrained_music_model", help="AudioLDM, MusicLDM, AudioLDM 2, ... (id or folder)")
-    group.add_argument("--synapse", help="a trained synapse (id or folder) to go on from, with the two base models")
-    group.add_argument("--variant", help="of the weights, such as fp16")
-
-
-def add_data_arguments(group) -> None:
-    group.add_argument("--train_data", required=True, help=".jsonl, .json, .csv or .tsv, one triplet a row")
-    group.add_argument("--data_root", help="folder that no file may lie outside of (default: that of --train_data)")
-    for column in COLUMNS:
-        group.add_argument(f"--{column}_column", default=column, help="its name in the file")
-    group.add_argument("--train_split", help="use only the rows with this value in the split column")
-    group.add_argument("--streaming", action="store_true", help="read the rows while training, with flat memory")
-    group.add_argument("--check_data", action="store_true", help="check every row, print the problems and stop")
-    group.add_argument("--skip_bad_rows", action="store_true", help="train without the rows that have problems")
-    group.add_argument("--resolution", type=int, help="side of the pictures in pixels (default: the image UNet's)")
-    group.add_argument("--audio_length_in_s", type=float, default=10.24)
-    group.add_argument("--image_latents", choices=("inversion", "noising"), default="inversion")
-    group.add_argument("--num_inversion_steps", type=int, default=10, help="of the cached trajectories")
-    group.add_argument("--trajectory_cache", help="folder (default: trajectories in --output_dir)")
-    group.add_argument("--music_latents_cache", help="folder for encoded clips, if none is longer than trained on")
-    group.add_argument("--random_image_crops", action="store_true", help="only with --image_latents noising")
-    group.add_argument("--dataloader_num_workers", type=int, default=0)
-
-
-def add_training_arguments(group) -> None:
-    group.add_argument("--train", choices=tuple(TRAINABLE), default="synapse", help="unet: synapse and music UNet")
-    group.add_argument("--train_batch_size", type=int, default=4, help="on each device")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    group.add_argument("--max_train_steps", type=int, default=10_000)
-    group.add_argument("--learning_rate", type=float, default=3e-5, help="of the music UNet")
-    group.add_argument("--synapse_learning_rate", type=float, default=1e-3)
-    group.add_argument("--lr_scheduler", choices=[kind.value for kind in SchedulerType], default="constant")
-    group.add_argument("--lr_warmup_steps", type=int, default=0)
-    group.add_argument("--adam_beta1", type=float, default=0.9)
-    group.add_argument("--adam_beta2", type=float, default=0.999)
-    group.add_argument("--adam_weight_decay", type=float, default=0.0)
-    group.add_argument("--max_grad_norm", type=float, default=1.0)
-    group.add_argument("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is recommended")
-    group.add_argument(
-        "--logit_mean", type=float, help="logit-normal timesteps; above 0: more of the high noise levels"
-    )
-    group.add_argument("--text_dropout", type=float, default=0.1)
-    group.add_argument("--image_dropout", type=float, default=0.1)
-    group.add_argument("--use_ema", action="store_true")
-    group.add_argument("--ema_decay", type=float, default=0.9999)
-    group.add_argument("--mixed_precision", choices=tuple(DTYPES), default="no")
-    group.add_argument("--gradient_checkpointing", action="store_true")
-    group.add_argument("--seed", type=int, default=0)
-
-
-def add_output_arguments(group) -> None:
-    group.add_argument("--output_dir", type=Path, required=True)
-    group.add_argument("--checkpointing_steps", type=int, default=500)
-    group.add_argument("--checkpoints_total_limit", type=int)
-    group.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or 'latest'")
-    group.add_argument("--validation_data", help="as --train_data")
-    group.add_argument("--validation_split", help="as --train_split; --validation_data may then be the same file")
-    group.add_argument("--validation_steps", type=int, default=500)
-    group.add_argument("--num_validation_samples", type=int, default=2, help="rows to generate music for")
-    group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, ..., all or none")
-    group.add_argument("--push_to_hub", action="store_true")
-    group.add_argument("--hub_model_id", help="user/name")
-
-
-def find_problems(args: argparse.Namespace) -> Iterator[str]:
-    base = (args.pretrained_image_model, args.pretrained_music_model)
-    if (args.pretrained_model_name_or_path is None) == (None in base):
-        yield "give --pretrained_model_name_or_path, or both --pretrained_image_model and --pretrained_music_model"
-    if args.pretrained_model_name_or_path and (args.synapse or any(base)):
-        yield "--pretrained_model_name_or_path already holds a synapse and both base models"
-    if args.push_to_hub and not args.hub_model_id:
-        yield "--push_to_hub needs --hub_model_id"
-    if args.random_image_crops and args.image_latents != "noising":
-        yield "--random_image_crops needs --image_latents noising: a trajectory belongs to one crop"
-    if args.validation_split and not args.validation_data:
-        yield "--validation_split needs --validation_data"
-    for name in ("train_data", "validation_data"):
-        path = getattr(args, name)
-        if path is not None and not Path(path).is_file():
-            yield f"--{name} {path} does not exist"
-    if args.resume_from_checkpoint not in (None, "latest") and not Path(args.resume_from_checkpoint).is_dir():
-        yield f"--resume_from_checkpoint {args.resume_from_checkpoint} is neither a folder nor 'latest'"
-    for name in (
-        "train_batch_size gradient_accumulation_steps max_train_steps num_inversion_steps checkpointing_steps"
-        " validation_steps audio_length_in_s learning_rate synapse_learning_rate max_grad_norm"
-    ).split():
-        if not getattr(args, name) > 0:
-            yield f"--{name} must be above 0, got {getattr(args, name)}"
-    for name in ("text_dropout", "image_dropout", "ema_decay"):
-        if not 0 <= getattr(args, name) <= 1:
-            yield f"--{name} must lie in [0, 1], got {getattr(args, name)}"
-    for name in ("snr_gamma", "checkpoints_total_limit", "resolution"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            yield f"--{name} must be above 0, got {getattr(args, name)}"
-
-
 # ---------------------------------------- state
-
-
-@dataclass
-class Position:
-    """Where training stands; saved in each checkpoint."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-
-    def state_dict(self) -> dict:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
 
 
 @dataclass
@@ -220,98 +76,6 @@ def load_pipeline(args: argparse.Namespace) -> MelFusionPipeline:
     return MelFusionPipeline.from_base_models(
         args.pretrained_image_model, args.pretrained_music_model, synapse=args.synapse, variant=args.variant
     )
-
-
-# ---------------------------------------- data
-
-
-class GlobalBatches(Sampler[list[int]]):
-    """This process's share of shuffled batches; what a step trains on does not depend on the number of processes."""
-
-    def __init__(self, num_rows: int, batch_size: int, process_index: int, num_processes: int, seed: int) -> None:
-        self.num_rows, self.seed, self.position = num_rows, seed, Position()
-        self.global_batch_size = batch_size * num_processes
-        self.own = slice(process_index * batch_size, (process_index + 1) * batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed + self.position.epoch)
-        order = torch.randperm(self.num_rows, generator=generator).tolist()
-        first = self.position.batch
-        for batch in range(first, self.num_rows // self.global_batch_size):
-            yield order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size][self.own]
-
-
-def is_in_split(row_split: str | None, split: str) -> bool:
-    """A function, because spawned workers cannot be sent a lambda."""
-    return row_split == split
-
-
-def load_checked_rows(
-    path: str, split: str | None, args: argparse.Namespace, accelerator: Accelerator
-) -> Iterable[dict]:
-    """Opens a set; the main process reads every row once and all leave out what it found wrong."""
-    columns = {column: getattr(args, f"{column}_column") for column in COLUMNS}
-    rows = load_rows(path, columns, streaming=args.streaming)
-    if split is not None:
-        rows = rows.filter(functools.partial(is_in_split, split=split), input_columns="split")
-        if next(iter(rows), None) is None:
-            raise ValueError(f"{path} holds no row of the split {split!r}.")
-    problems = [check_rows(rows, data_root(path, args)) if accelerator.is_main_process else None]
-    broadcast_object_list(problems)
-    if args.check_data:
-        accelerator.print(format_problems(problems[0]) if problems[0] else f"{path}: no problems")
-    return select_good_rows(rows, problems[0], args.skip_bad_rows or args.check_data)
-
-
-def data_root(path: str, args: argparse.Namespace) -> str:
-    return args.data_root or os.path.dirname(os.path.abspath(path))
-
-
-def reader(path: str, args: argparse.Namespace):
-    """Gives the function that reads one row of a set."""
-    prepare = functools.partial(prepare_image, image_size=args.resolution)
-    return functools.partial(
-        read_triplet,
-        data_root=data_root(path, args),
-        prepare_image=prepare if args.image_latents == "noising" else None,
-        audio_length_in_s=args.audio_length_in_s,
-        random_image_crops=args.random_image_crops,
-        seed=args.seed,
-        sampling_rate=args.sampling_rate,
-    )
-
-
-def make_loader(rows: Iterable[dict], args: argparse.Namespace, accelerator: Accelerator) -> DataLoader:
-    share = (args.train_batch_size, accelerator.process_index, accelerator.num_processes)
-    if args.streaming:
-        stream = TripletStream(rows.shuffle(seed=args.seed), reader(args.train_data, args), *share)
-        return DataLoader(stream, batch_size=None, num_workers=args.dataloader_num_workers)
-    batches = GlobalBatches(len(rows), *share, args.seed)
-    if len(rows) < batches.global_batch_size:
-        raise ValueError(
-            f"--train_data has {len(rows)} usable rows, fewer than one batch over all devices"
-            f" ({batches.global_batch_size}): lower --train_batch_size."
-        )
-    dataset = TripletDataset(rows, reader(args.train_data, args))
-    return DataLoader(dataset, batch_sampler=batches, num_workers=args.dataloader_num_workers)
-
-
-def endless_batches(state: State) -> Iterator[dict]:
-    """Yields batches epoch by epoch, from where `state.position` stands."""
-    position = state.position
-    while True:
-        state.loader.dataset.set_epoch(position.epoch)
-        if state.args.streaming:
-            batches = islice(state.loader, position.batch, None)
-        else:
-            state.loader.batch_sampler.position = Position(position.step, position.epoch, position.batch)
-            batches = state.loader
-        for batch in batches:
-            position.batch += 1
-            yield send_to_device(batch, state.accelerator.device)
-        if position.batch == 0:
-            raise ValueError("--train_data holds fewer rows than one batch over all devices.")
-        position.epoch, position.batch = position.epoch + 1, 0
 
 
 # ---------------------------------------- setup
@@ -477,7 +241,7 @@ def train_step(state: State, batches: Iterator[dict]) -> float:
 def train(state: State) -> None:
     args, accelerator = state.args, state.accelerator
     log = open_log(state) if accelerator.is_main_process else None
-    batches = endless_batches(state)
+    batches = endless_batches(state.loader, state.position, accelerator.device)
     bar = tqdm(total=args.max_train_steps, initial=state.position.step, disable=not accelerator.is_local_main_process)
     with state.bare_objective.attached(), bar:
         while state.position.step < args.max_train_steps:
@@ -624,7 +388,7 @@ def describe_training(args: argparse.Namespace) -> tuple[list[str], dict]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(arguments)
+    args = parse_arguments(__doc__, arguments)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator(args)
     state = set_up(args, accelerator)

@@ -418,7 +418,7 @@ print(float((found - expected).abs().max() / expected.abs().max()), flush=True)
 """
 SETUPS = {
     "the small checkpoint's stages": "training_loop.stage_parser('', 1, 1, 1.0)",
-    "train_melfusion.py": "train_melfusion.make_accelerator(train_melfusion.parse_arguments(["
+    "train_melfusion.py": "train_melfusion.make_accelerator(train_melfusion.parse_arguments('', ["
     "'--train_data=' + train_melfusion.__file__, '--output_dir=y', '--mixed_precision=bf16',"
     "'--pretrained_model_name_or_path=z']))",
 }

@@ -1,0 +1,121 @@
+"""The arguments of `train_melfusion.py`, and which of them cannot be right."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffusers.optimization import SchedulerType
+
+from melfusion_pipeline.data import COLUMNS
+from melfusion_pipeline.training import TRAINABLE
+
+
+def parse_arguments(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser.add_argument_group("models"))
+    add_data_arguments(parser.add_argument_group("data"))
+    add_training_arguments(parser.add_argument_group("training"))
+    add_output_arguments(parser.add_argument_group("checkpoints, validation, publishing"))
+    args = parser.parse_args(arguments)
+    if problems := list(find_problems(args)):
+        parser.error("\n  ".join(["wrong arguments:", *problems]))
+    return args
+
+
+def add_model_arguments(group) -> None:
+    group.add_argument("--pretrained_model_name_or_path", help="a MeLFusion pipeline (id or folder) to go on from")
+    group.add_argument("--pretrained_image_model", help="Stable Diffusion 1 or 2 (id or folder)")
+    group.add_argument("--pretrained_music_model", help="AudioLDM, MusicLDM, AudioLDM 2, ... (id or folder)")
+    group.add_argument("--synapse", help="a trained synapse (id or folder) to go on from, with the two base models")
+    group.add_argument("--variant", help="of the weights, such as fp16")
+
+
+def add_data_arguments(group) -> None:
+    group.add_argument("--train_data", required=True, help=".jsonl, .json, .csv or .tsv, one triplet a row")
+    group.add_argument("--data_root", help="folder that no file may lie outside of (default: that of --train_data)")
+    for column in COLUMNS:
+        group.add_argument(f"--{column}_column", default=column, help="its name in the file")
+    group.add_argument("--train_split", help="use only the rows with this value in the split column")
+    group.add_argument("--streaming", action="store_true", help="read the rows while training, with flat memory")
+    group.add_argument("--check_data", action="store_true", help="check every row, print the problems and stop")
+    group.add_argument("--skip_bad_rows", action="store_true", help="train without the rows that have problems")
+    group.add_argument("--resolution", type=int, help="side of the pictures in pixels (default: the image UNet's)")
+    group.add_argument("--audio_length_in_s", type=float, default=10.24)
+    group.add_argument("--image_latents", choices=("inversion", "noising"), default="inversion")
+    group.add_argument("--num_inversion_steps", type=int, default=10, help="of the cached trajectories")
+    group.add_argument("--trajectory_cache", help="folder (default: trajectories in --output_dir)")
+    group.add_argument("--music_latents_cache", help="folder for encoded clips, if none is longer than trained on")
+    group.add_argument("--random_image_crops", action="store_true", help="only with --image_latents noising")
+    group.add_argument("--dataloader_num_workers", type=int, default=0)
+
+
+def add_training_arguments(group) -> None:
+    group.add_argument("--train", choices=tuple(TRAINABLE), default="synapse", help="unet: synapse and music UNet")
+    group.add_argument("--train_batch_size", type=int, default=4, help="on each device")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    group.add_argument("--max_train_steps", type=int, default=10_000)
+    group.add_argument("--learning_rate", type=float, default=3e-5, help="of the music UNet")
+    group.add_argument("--synapse_learning_rate", type=float, default=1e-3)
+    group.add_argument("--lr_scheduler", choices=[kind.value for kind in SchedulerType], default="constant")
+    group.add_argument("--lr_warmup_steps", type=int, default=0)
+    group.add_argument("--adam_beta1", type=float, default=0.9)
+    group.add_argument("--adam_beta2", type=float, default=0.999)
+    group.add_argument("--adam_weight_decay", type=float, default=0.0)
+    group.add_argument("--max_grad_norm", type=float, default=1.0)
+    group.add_argument("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is recommended")
+    group.add_argument(
+        "--logit_mean", type=float, help="logit-normal timesteps; above 0: more of the high noise levels"
+    )
+    group.add_argument("--text_dropout", type=float, default=0.1)
+    group.add_argument("--image_dropout", type=float, default=0.1)
+    group.add_argument("--use_ema", action="store_true")
+    group.add_argument("--ema_decay", type=float, default=0.9999)
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
+    group.add_argument("--gradient_checkpointing", action="store_true")
+    group.add_argument("--seed", type=int, default=0)
+
+
+def add_output_arguments(group) -> None:
+    group.add_argument("--output_dir", type=Path, required=True)
+    group.add_argument("--checkpointing_steps", type=int, default=500)
+    group.add_argument("--checkpoints_total_limit", type=int)
+    group.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or 'latest'")
+    group.add_argument("--validation_data", help="as --train_data")
+    group.add_argument("--validation_split", help="as --train_split; --validation_data may then be the same file")
+    group.add_argument("--validation_steps", type=int, default=500)
+    group.add_argument("--num_validation_samples", type=int, default=2, help="rows to generate music for")
+    group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, ..., all or none")
+    group.add_argument("--push_to_hub", action="store_true")
+    group.add_argument("--hub_model_id", help="user/name")
+
+
+def find_problems(args: argparse.Namespace) -> Iterator[str]:
+    base = (args.pretrained_image_model, args.pretrained_music_model)
+    if (args.pretrained_model_name_or_path is None) == (None in base):
+        yield "give --pretrained_model_name_or_path, or both --pretrained_image_model and --pretrained_music_model"
+    if args.pretrained_model_name_or_path and (args.synapse or any(base)):
+        yield "--pretrained_model_name_or_path already holds a synapse and both base models"
+    if args.push_to_hub and not args.hub_model_id:
+        yield "--push_to_hub needs --hub_model_id"
+    if args.random_image_crops and args.image_latents != "noising":
+        yield "--random_image_crops needs --image_latents noising: a trajectory belongs to one crop"
+    if args.validation_split and not args.validation_data:
+        yield "--validation_split needs --validation_data"
+    for name in ("train_data", "validation_data"):
+        path = getattr(args, name)
+        if path is not None and not Path(path).is_file():
+            yield f"--{name} {path} does not exist"
+    if args.resume_from_checkpoint not in (None, "latest") and not Path(args.resume_from_checkpoint).is_dir():
+        yield f"--resume_from_checkpoint {args.resume_from_checkpoint} is neither a folder nor 'latest'"
+    for name in (
+        "train_batch_size gradient_accumulation_steps max_train_steps num_inversion_steps checkpointing_steps"
+        " validation_steps audio_length_in_s learning_rate synapse_learning_rate max_grad_norm"
+    ).split():
+        if not getattr(args, name) > 0:
+            yield f"--{name} must be above 0, got {getattr(args, name)}"
+    for name in ("text_dropout", "image_dropout", "ema_decay"):
+        if not 0 <= getattr(args, name) <= 1:
+            yield f"--{name} must lie in [0, 1], got {getattr(args, name)}"
+    for name in ("snr_gamma", "checkpoints_total_limit", "resolution"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            yield f"--{name} must be above 0, got {getattr(args, name)}"

@@ -1,0 +1,128 @@
+"""The triplets of `train_melfusion.py`: opened, checked, given out in batches that any number of processes share."""
+
+import argparse
+import functools
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, send_to_device
+from torch.utils.data import DataLoader, Sampler
+
+from melfusion_pipeline.data import (
+    COLUMNS,
+    TripletDataset,
+    TripletStream,
+    check_rows,
+    format_problems,
+    load_rows,
+    read_triplet,
+    select_good_rows,
+)
+from melfusion_pipeline.pictures_melfusion import prepare_image
+
+
+@dataclass
+class Position:
+    """Where training stands; saved in each checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+class GlobalBatches(Sampler[list[int]]):
+    """This process's share of shuffled batches; what a step trains on does not depend on the number of processes."""
+
+    def __init__(self, num_rows: int, batch_size: int, process_index: int, num_processes: int, seed: int) -> None:
+        self.num_rows, self.seed, self.position = num_rows, seed, Position()
+        self.global_batch_size = batch_size * num_processes
+        self.own = slice(process_index * batch_size, (process_index + 1) * batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.position.epoch)
+        order = torch.randperm(self.num_rows, generator=generator).tolist()
+        first = self.position.batch
+        for batch in range(first, self.num_rows // self.global_batch_size):
+            yield order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size][self.own]
+
+
+def is_in_split(row_split: str | None, split: str) -> bool:
+    """A function, because spawned workers cannot be sent a lambda."""
+    return row_split == split
+
+
+def load_checked_rows(
+    path: str, split: str | None, args: argparse.Namespace, accelerator: Accelerator
+) -> Iterable[dict]:
+    """Opens a set; the main process reads every row once and all leave out what it found wrong."""
+    columns = {column: getattr(args, f"{column}_column") for column in COLUMNS}
+    rows = load_rows(path, columns, streaming=args.streaming)
+    if split is not None:
+        rows = rows.filter(functools.partial(is_in_split, split=split), input_columns="split")
+        if next(iter(rows), None) is None:
+            raise ValueError(f"{path} holds no row of the split {split!r}.")
+    problems = [check_rows(rows, data_root(path, args)) if accelerator.is_main_process else None]
+    broadcast_object_list(problems)
+    if args.check_data:
+        accelerator.print(format_problems(problems[0]) if problems[0] else f"{path}: no problems")
+    return select_good_rows(rows, problems[0], args.skip_bad_rows or args.check_data)
+
+
+def data_root(path: str, args: argparse.Namespace) -> str:
+    return args.data_root or os.path.dirname(os.path.abspath(path))
+
+
+def reader(path: str, args: argparse.Namespace):
+    """Gives the function that reads one row of a set."""
+    prepare = functools.partial(prepare_image, image_size=args.resolution)
+    return functools.partial(
+        read_triplet,
+        data_root=data_root(path, args),
+        prepare_image=prepare if args.image_latents == "noising" else None,
+        audio_length_in_s=args.audio_length_in_s,
+        random_image_crops=args.random_image_crops,
+        seed=args.seed,
+        sampling_rate=args.sampling_rate,
+    )
+
+
+def make_loader(rows: Iterable[dict], args: argparse.Namespace, accelerator: Accelerator) -> DataLoader:
+    share = (args.train_batch_size, accelerator.process_index, accelerator.num_processes)
+    if args.streaming:
+        stream = TripletStream(rows.shuffle(seed=args.seed), reader(args.train_data, args), *share)
+        return DataLoader(stream, batch_size=None, num_workers=args.dataloader_num_workers)
+    batches = GlobalBatches(len(rows), *share, args.seed)
+    if len(rows) < batches.global_batch_size:
+        raise ValueError(
+            f"--train_data has {len(rows)} usable rows, fewer than one batch over all devices"
+            f" ({batches.global_batch_size}): lower --train_batch_size."
+        )
+    dataset = TripletDataset(rows, reader(args.train_data, args))
+    return DataLoader(dataset, batch_sampler=batches, num_workers=args.dataloader_num_workers)
+
+
+def endless_batches(loader: DataLoader, position: Position, device: torch.device) -> Iterator[dict]:
+    """Yields batches on `device` epoch by epoch, from where `position` stands, and moves it on."""
+    while True:
+        loader.dataset.set_epoch(position.epoch)
+        if isinstance(loader.dataset, TripletStream):
+            batches = islice(loader, position.batch, None)
+        else:
+            loader.batch_sampler.position = Position(position.step, position.epoch, position.batch)
+            batches = loader
+        for batch in batches:
+            position.batch += 1
+            yield send_to_device(batch, device)
+        if position.batch == 0:
+            raise ValueError("--train_data holds fewer rows than one batch over all devices.")
+        position.epoch, position.batch = position.epoch + 1, 0
