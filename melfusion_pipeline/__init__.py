@@ -4,6 +4,7 @@
 |---|---|
 | `melfusion_pipeline.pipeline_melfusion` | `MelFusionPipeline`: the call and its stages |
 | `melfusion_pipeline.checkpoint_melfusion` | composing, loading and saving pipelines |
+| `melfusion_pipeline.sources_melfusion` | where a checkpoint lies, and getting what is needed of it |
 | `melfusion_pipeline.modeling_melfusion` | `VisualSynapse`: what is learned |
 | `melfusion_pipeline.pictures_melfusion` | whatever a user calls a picture, prepared for the image VAE |
 | `melfusion_pipeline.features_melfusion` | `ImageFeatures`: what a picture contributes to the music |

@@ -4,12 +4,11 @@ import importlib
 import inspect
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -17,7 +16,6 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from diffusers.utils import logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
-from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import (
     CLIPTextModel,
@@ -29,16 +27,12 @@ from .checks_melfusion import check_components
 from .families_melfusion import family_of
 from .files_melfusion import staged_folder
 from .prompts_melfusion import TEXT_COMPONENTS
+from .sources_melfusion import HUB_ARGUMENTS, Source, follow_index, is_of_variant, is_pickle, read_json
 
 logger = logging.get_logger(__name__)
 
-# Under this key an index without components names the folder that holds them.
-CHECKPOINT_KEY = "_checkpoint"
 # What AudioLDM, MusicLDM and AudioLDM 2 were trained on; the `sample_size` of published UNets may be half of it.
 BASE_LENGTH_IN_S = 10.24
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-# What the libraries read beside weights: configurations, vocabularies, sentencepiece models.
-TEXT_SUFFIXES = (".json", ".txt", ".model")
 # Every JSON file of this name holds one of these keys at least; one without is damaged, or another file.
 IDENTITY_KEYS = {
     "config.json": ("_class_name", "model_type"),
@@ -102,8 +96,8 @@ class CheckpointMixin:
         dtype = kwargs.pop("torch_dtype", None)
         dtype = kwargs.pop("dtype", dtype)
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-        image = _Source("image_model", image_model, image_variant or variant, image_revision or revision, **hub)
-        music = _Source("music_model", music_model, music_variant or variant, music_revision or revision, **hub)
+        image = Source("image_model", image_model, image_variant or variant, image_revision or revision, **hub)
+        music = Source("music_model", music_model, music_variant or variant, music_revision or revision, **hub)
         for wanted, sources in ((variant, [image, music]), (image_variant, [image]), (music_variant, [music])):
             if wanted and not any(source.has_variant() for source in sources):
                 names = " or ".join(source.name for source in sources)
@@ -111,7 +105,7 @@ class CheckpointMixin:
         settings = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("spectrogram_")}
         pickles = []
 
-        def load(component_class: type, source: _Source, subfolder: str) -> Any:
+        def load(component_class: type, source: Source, subfolder: str) -> Any:
             return _load_component(component_class, source, subfolder, pickles, dtype, **kwargs)
 
         family = family_of(_read_config(music, "unet"))
@@ -161,17 +155,17 @@ class CheckpointMixin:
         """
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         variant, use_safetensors = kwargs.get("variant"), kwargs.pop("use_safetensors", None)
-        source = _Source("pretrained_model_name_or_path", pretrained_model_name_or_path, variant, **hub)
-        subfolder = _follow_index(source, cls.config_name)
+        source = Source("pretrained_model_name_or_path", pretrained_model_name_or_path, variant, **hub)
+        subfolder = follow_index(source, cls.config_name)
         folder = source.fetch(subfolder)
         names = inspect.signature(cls).parameters.keys() - kwargs.keys()
         classes = _read_index(folder / cls.config_name, names)
         weights = {name: source.weights(f"{subfolder}/{name}", use_safetensors) for name in classes}
-        if variant and not any(_is_of_variant(file, variant) for files in weights.values() for file in files):
+        if variant and not any(is_of_variant(file, variant) for files in weights.values() for file in files):
             raise ValueError(f"{source.name} holds no weights of `variant={variant}`.")
         for name, class_name in classes.items():
             _check_component_files(source.fetch(f"{subfolder}/{name}", weights[name]), class_name)
-        pickles = [f"{folder / name / file}" for name, files in weights.items() for file in files if _is_pickle(file)]
+        pickles = [f"{folder / name / file}" for name, files in weights.items() for file in files if is_pickle(file)]
         with _named_errors(source.name):
             pipe = super().from_pretrained(folder, use_safetensors=use_safetensors if pickles else True, **kwargs)
             check_components(pipe)
@@ -289,121 +283,6 @@ def _own_components(config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     }
 
 
-class _Source:
-    """A checkpoint, in a folder or on the Hub: what it holds, and the way to get what is needed of it.
-
-    Args:
-        argument: The name of the argument that says where it is.
-        name: The folder or the Hub id.
-        variant: The variant of the weights, such as "fp16".
-        revision: Branch, tag or commit of the Hub repository.
-        **hub: The other `HUB_ARGUMENTS`.
-
-    Raises:
-        TypeError: If `name` is neither str nor path.
-        OSError: If there is neither such a folder nor such a repository.
-    """
-
-    def __init__(
-        self,
-        argument: str,
-        name: str | os.PathLike,
-        variant: str | None = None,
-        revision: str | None = None,
-        **hub: Any,
-    ) -> None:
-        if not isinstance(name, (str, os.PathLike)):
-            raise TypeError(f"`{argument}` must be a str or a path, got {name!r}.")
-        self.name, self.variant, self.folder = os.fspath(name), variant, Path(name)
-        self.paths, self.hub = None, {"revision": revision, **hub}
-        if os.path.isdir(name):
-            return
-        try:
-            first = ["model_index.json", "config.json"]
-            self.folder = Path(snapshot_download(self.name, allow_patterns=first, **self.hub))
-        except (OSError, ValueError) as error:
-            raise OSError(f"`{argument}`: {self.name!r} is no folder, and the Hub says: {error}") from error
-        # From here on the same commit, whatever is pushed meanwhile.
-        self.hub["revision"] = self.folder.name
-        self.paths = self._list_repository()
-
-    def _list_repository(self) -> list[str]:
-        cached = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
-        if self.hub.get("local_files_only"):
-            return cached
-        try:
-            return HfApi().list_repo_files(self.name, revision=self.folder.name, token=self.hub.get("token"))
-        except Exception:
-            # Offline; which class of error that is differs between the client's versions.
-            return cached
-
-    def names(self, subfolder: str) -> list[str]:
-        """The names of the files that lie in a folder of the checkpoint."""
-        if self.paths is None:
-            return sorted(path.name for path in (self.folder / subfolder).glob("*") if path.is_file())
-        paths = map(PurePosixPath, self.paths)
-        return sorted(path.name for path in paths if path.parent == PurePosixPath(subfolder))
-
-    def weights(self, subfolder: str, use_safetensors: bool | None = None) -> list[str]:
-        """The names of the files of weights to read: safetensors before pickles, the variant before plain files."""
-        suffixes = {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[use_safetensors]
-        for suffix in suffixes:
-            for variant in dict.fromkeys((self.variant, None)):
-                infix = f".{re.escape(variant)}" if variant else ""
-                pattern = rf"((diffusion_)?pytorch_)?model{infix}(-\d+-of-\d+)?\.{suffix}"
-                found = [name for name in self.names(subfolder) if re.fullmatch(pattern, name)]
-                if found:
-                    return found
-        return []
-
-    def has_variant(self) -> bool:
-        """Whether a base model holds weights of the variant."""
-        folders = ("unet", "vae", "text_encoder", "vocoder")
-        return any(_is_of_variant(name, self.variant) for folder in folders for name in self.weights(folder))
-
-    def fetch(self, subfolder: str, weights: Iterable[str] = ()) -> Path:
-        """Gets the text files of one folder, and `weights`, and returns where the folder lies."""
-        if self.paths is not None:
-            wanted = [name for name in self.names(subfolder) if name.endswith(TEXT_SUFFIXES)] + list(weights)
-            patterns = [PurePosixPath(subfolder, name).as_posix() for name in wanted]
-            snapshot_download(self.name, allow_patterns=patterns, **self.hub)
-        return self.folder / subfolder
-
-
-def _follow_index(source: _Source, index_name: str) -> str:
-    """The folder of the checkpoint inside `source`: where the index says, or the root."""
-    if index_name not in source.names("."):
-        return "."
-    index = source.fetch(".") / index_name
-    checkpoint = _read_json(index).get(CHECKPOINT_KEY)
-    if checkpoint is None:
-        return "."
-    if not isinstance(checkpoint, str) or "\0" in checkpoint:
-        raise ValueError(f"{index}: `{CHECKPOINT_KEY}` must be the path of a folder, got {checkpoint!r:.80}.")
-    root = source.folder.resolve()
-    target = (root / checkpoint).resolve()
-    if not target.is_relative_to(root):
-        raise ValueError(f"{index} names the checkpoint {checkpoint!r}, which lies outside of its folder.")
-    subfolder = target.relative_to(root).as_posix()
-    if index_name not in source.names(subfolder):
-        raise FileNotFoundError(
-            f"The bundled checkpoint is not there yet: {index} names {checkpoint!r}, which holds no {index_name}."
-            " Compose a pipeline with `MelFusionPipeline.from_base_models(image_model, music_model)`, or load another"
-            " checkpoint."
-        )
-    return subfolder
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {content!r:.80}.")
-    return content
-
-
 def _read_index(index: Path, names: Iterable[str]) -> dict[str, str]:
     """The classes of those components of `names` that a checkpoint has.
 
@@ -413,7 +292,7 @@ def _read_index(index: Path, names: Iterable[str]) -> dict[str, str]:
     """
     if not index.is_file():
         raise FileNotFoundError(f"{index} is missing: this is no checkpoint of a pipeline.")
-    entries, classes = _read_json(index), {}
+    entries, classes = read_json(index), {}
     if "_class_name" not in entries:
         raise ValueError(f"{index} is damaged or another file: it holds no _class_name.")
     for name, entry in entries.items():
@@ -429,7 +308,7 @@ def _check_component_files(folder: Path, class_name: str) -> None:
     """Refuses files that are missing, damaged or swapped: much of it would load, or fail without a name."""
     kind = next((kind for kind in ("scheduler_", "tokenizer_") if kind[:-1] in class_name.lower()), "")
     config = folder / f"{kind}config.json"
-    contents = {file.name: _read_json(file) for file in sorted(folder.glob("*.json"))}
+    contents = {file.name: read_json(file) for file in sorted(folder.glob("*.json"))}
     if config.name not in contents:
         raise FileNotFoundError(f"{config} is missing.")
     if kind == "tokenizer_" and not contents.keys() & {"tokenizer.json", "vocab.json"}:
@@ -449,21 +328,13 @@ def _check_component_files(folder: Path, class_name: str) -> None:
 
 
 def _weight_names(file: Path) -> set[str]:
-    if _is_pickle(file):
+    if is_pickle(file):
         return set(torch.load(file, map_location="meta", weights_only=True))
     try:
         with safe_open(file, framework="pt") as weights:
             return set(weights.keys())
     except (SafetensorError, OSError) as error:
         raise OSError(f"{file} is no complete safetensors file: {error}. Get it again.") from error
-
-
-def _is_pickle(file: str | os.PathLike) -> bool:
-    return os.fspath(file).endswith(".bin")
-
-
-def _is_of_variant(file: str, variant: str | None) -> bool:
-    return variant is not None and f".{variant}" in file
 
 
 def _warn_of_pickles(files: list[str]) -> None:
@@ -476,7 +347,7 @@ def _warn_of_pickles(files: list[str]) -> None:
 
 def _load_component(
     component_class: type,
-    source: _Source,
+    source: Source,
     subfolder: str,
     pickles: list[str],
     dtype: torch.dtype | None,
@@ -494,7 +365,7 @@ def _load_component(
     if not weights:
         kinds = {None: "neither safetensors nor .bin", True: "no safetensors", False: "no .bin"}[use_safetensors]
         raise FileNotFoundError(f"{label} holds {kinds} files of weights, but {', '.join(source.names(subfolder))}.")
-    files = [os.path.join(label, name) for name in weights if _is_pickle(name)]
+    files = [os.path.join(label, name) for name in weights if is_pickle(name)]
     pickles += files
     kwargs |= _loading_arguments(weights, source.variant)
     kwargs["torch_dtype" if issubclass(component_class, ModelMixin) else "dtype"] = dtype
@@ -506,8 +377,8 @@ def _load_component(
 
 
 def _loading_arguments(weights: list[str], variant: str | None) -> dict[str, Any]:
-    variant = variant if _is_of_variant(weights[0], variant) else None
-    return {"use_safetensors": not _is_pickle(weights[0]), "variant": variant}
+    variant = variant if is_of_variant(weights[0], variant) else None
+    return {"use_safetensors": not is_pickle(weights[0]), "variant": variant}
 
 
 def _check_weights(component: Any, folder: Path, weights: list[str], variant: str | None) -> None:
@@ -544,26 +415,26 @@ def _named_errors(source: str | os.PathLike) -> Iterator[None]:
 
 def _synapse_source(
     synapse: str | os.PathLike, variant: str | None, revision: str | None, hub: dict[str, Any], index_name: str
-) -> tuple[_Source, str]:
+) -> tuple[Source, str]:
     """The checkpoint that holds a synapse, alone or as a part of a pipeline, and its folder therein."""
-    source = _Source("synapse", synapse, variant, revision, **hub)
-    folder = _follow_index(source, index_name)
+    source = Source("synapse", synapse, variant, revision, **hub)
+    folder = follow_index(source, index_name)
     whole = f"{folder}/synapse"
     return source, whole if source.names(whole) else folder
 
 
-def _read_config(source: _Source, subfolder: str) -> dict[str, Any]:
+def _read_config(source: Source, subfolder: str) -> dict[str, Any]:
     """The configuration of a model."""
     if "config.json" not in source.names(subfolder):
         raise FileNotFoundError(f"{os.path.join(source.name, subfolder, 'config.json')} is missing.")
-    return _read_json(source.fetch(subfolder) / "config.json")
+    return read_json(source.fetch(subfolder) / "config.json")
 
 
 def _check_base_models(
-    image: _Source,
-    music: _Source,
+    image: Source,
+    music: Source,
     family: type,
-    synapse: ModelMixin | tuple[_Source, str] | None,
+    synapse: ModelMixin | tuple[Source, str] | None,
     synapse_class: type,
 ) -> None:
     """Refuses what cannot be composed by configurations alone, before any weights are read."""

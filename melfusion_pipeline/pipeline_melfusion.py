@@ -43,6 +43,7 @@ from .inversion_melfusion import record_image_features  # noqa: F401 - likewise
 from .locks_melfusion import ComponentLocks, one_at_a_time
 from .pictures_melfusion import Image, as_pil_images
 from .prompts_melfusion import ClapPrompts, repeat_prompts
+from .sources_melfusion import Source  # noqa: F401 - likewise
 from .windows_melfusion import Windows
 
 # Rows of the music UNet's batch that windows fill by default: a processor gains nothing from more.

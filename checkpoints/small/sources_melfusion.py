@@ -1,0 +1,1 @@
+../../melfusion_pipeline/sources_melfusion.py
