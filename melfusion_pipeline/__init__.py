@@ -16,6 +16,7 @@
 | `melfusion_pipeline.families_melfusion` | the same for AudioLDM 2 and for UNets with one text sequence |
 | `melfusion_pipeline.guidance_melfusion` | the guidance branches and how they are combined |
 | `melfusion_pipeline.denoising_melfusion` | one step: the music UNet on every window, in every branch |
+| `melfusion_pipeline.adapters_melfusion` | LoRA adapters of the music UNet |
 | `melfusion_pipeline.checks_melfusion` | refusing what a call cannot do |
 | `melfusion_pipeline.blending` | `blend_image`: the synapse as a plug for other pipelines |
 | `melfusion_pipeline.attention_melfusion` | the attention processors that record and blend keys and values |

@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, ModelMixin, UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from safetensors import SafetensorError, safe_open
@@ -23,6 +24,7 @@ from transformers import (
     SpeechT5HifiGan,
 )
 
+from .adapters_melfusion import check_lora, install_lora, read_lora
 from .checks_melfusion import check_components
 from .families_melfusion import family_of
 from .files_melfusion import staged_folder
@@ -73,7 +75,8 @@ class CheckpointMixin:
             image_model: Hub id or folder of a text-to-image checkpoint with a `UNet2DConditionModel`.
             music_model: Hub id or folder of a text-to-music checkpoint in diffusers' layout.
             synapse: Hub id or folder (of a synapse alone or of a whole pipeline), a `VisualSynapse`, or None:
-                untrained, with alpha = 0, so that the music does not follow the picture yet.
+                untrained, with alpha = 0, so that the music does not follow the picture yet. A LoRA of the music UNet
+                that lies beside a synapse (`pytorch_lora_weights.safetensors`) is loaded with it.
             variant: The variant of the weights, such as "fp16"; a component that has no such files is read from its
                 plain ones.
             image_variant: The variant of `image_model`. None is `variant`.
@@ -89,9 +92,9 @@ class CheckpointMixin:
 
         Raises:
             OSError: If files are missing, or damaged.
-            ValueError: If a UNet needs a conditioning that this pipeline does not give, components or a synapse belong
-                to another music model, the decoders do not match, files hold not all of the weights or more than
-                weights, or nothing is there of a variant.
+            ValueError: If a UNet needs a conditioning that this pipeline does not give, components, a synapse or a
+                LoRA belong to another music model, the decoders do not match, files hold not all of the weights or
+                more than weights, or nothing is there of a variant.
         """
         dtype = kwargs.pop("torch_dtype", None)
         dtype = kwargs.pop("dtype", dtype)
@@ -110,9 +113,12 @@ class CheckpointMixin:
 
         family = family_of(_read_config(music, "unet"))
         synapse_class = importlib.import_module(f"{__package__}.modeling_melfusion").VisualSynapse
+        lora = None
         if synapse is not None and not isinstance(synapse, ModelMixin):
             synapse = _synapse_source(synapse, variant, revision, hub, cls.config_name)
-        _check_base_models(image, music, family, synapse, synapse_class)
+            if LORA_WEIGHT_NAME_SAFE in synapse[0].names(synapse[1]):
+                lora = read_lora(*synapse, LORA_WEIGHT_NAME_SAFE)
+        _check_base_models(image, music, family, synapse, synapse_class, lora)
         scheduler_config = DDIMScheduler.load_config(music.fetch("scheduler"))
         components = {
             "vae": load(AutoencoderKL, music, "vae"),
@@ -130,6 +136,8 @@ class CheckpointMixin:
             synapse = synapse_class.from_unets(components["image_unet"], components["unet"]).to(dtype).eval()
         elif not isinstance(synapse, ModelMixin):
             synapse = load(synapse_class, *synapse)
+        if lora is not None:
+            install_lora(components["unet"], *lora, "default_0")
         _warn_of_pickles(pickles)
         return cls(**components, synapse=synapse, default_window_length_in_s=BASE_LENGTH_IN_S, **settings)
 
@@ -215,9 +223,9 @@ class CheckpointMixin:
             # Every layer that PEFT wraps keeps the original under this name.
             if isinstance(component, torch.nn.Module) and any(hasattr(m, "base_layer") for m in component.modules()):
                 raise ValueError(
-                    f"`{name}` has an adapter (LoRA) installed, and what is saved must be the pipeline alone. Call"
-                    f" `pipe.{name}.fuse_lora()` to keep what the adapter does, then `pipe.{name}.unload_lora()`;"
-                    f" `pipe.{name}.save_lora_adapter(folder)` before saves the adapter itself."
+                    f"`{name}` has an adapter (LoRA) installed, and what is saved must be the pipeline alone. For that"
+                    " of `unet` call `pipe.fuse_lora()` to keep what it does, then `pipe.unload_lora_weights()`;"
+                    " `pipe.save_lora_weights(folder, pipe.unet)` before saves the adapter itself."
                 )
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", target.name)
@@ -436,6 +444,7 @@ def _check_base_models(
     family: type,
     synapse: ModelMixin | tuple[Source, str] | None,
     synapse_class: type,
+    lora: tuple[dict[str, torch.Tensor], dict[str, Any]] | None,
 ) -> None:
     """Refuses what cannot be composed by configurations alone, before any weights are read."""
     for name, component_class in family.components.items():
@@ -460,3 +469,5 @@ def _check_base_models(
         )
     if synapse is not None:
         synapse.check_unets(image_unet, unet)
+    if lora is not None:
+        check_lora(unet, lora[0])

@@ -29,6 +29,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from .adapters_melfusion import AdapterMixin
 from .attention_melfusion import KVBlenders, use_attn_processors
 from .checkpoint_melfusion import CheckpointMixin
 from .checks_melfusion import check_branches, check_call, check_finite, warn_if_trained_otherwise
@@ -50,7 +51,7 @@ from .windows_melfusion import Windows
 ROWS_ON_CPU, ROWS_ON_ACCELERATOR = 8, 32
 
 
-class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, DiffusionPipeline):
+class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMixin, DiffusionPipeline):
     """Generates music from a picture, a text prompt or both.
 
     The picture is DDIM-inverted through a frozen text-to-image UNet; the keys and values of its decoder self-attention

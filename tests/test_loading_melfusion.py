@@ -219,7 +219,7 @@ def test_an_adapter_is_not_saved_as_if_it_were_the_model(pipe, checkpoint):
     before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
     torch.manual_seed(0)
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    with pytest.raises(ValueError, match=r"`unet` has an adapter .* `pipe.unet.fuse_lora\(\)`"):
+    with pytest.raises(ValueError, match=r"`unet` has an adapter .* `pipe.fuse_lora\(\)`"):
         pipe.save_pretrained(checkpoint)
     assert {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()} == before
     adapted = play(pipe)

@@ -1,0 +1,1 @@
+../../melfusion_pipeline/adapters_melfusion.py
