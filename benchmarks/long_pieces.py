@@ -77,7 +77,7 @@ def print_operations(music_model: str) -> None:
     timestep = torch.empty((), device="meta")
 
     def step(latents: torch.Tensor, windows: Windows) -> torch.Tensor:
-        predictor = NoisePredictor(pipe.unet, pipe.prompts, windows, 1, KVBlenders([]), latents.new_empty(0, 3))
+        predictor = NoisePredictor(pipe.unet, pipe.prompts, windows, 1, KVBlenders([]), latents.new_empty(0, 3), {})
         return predictor.predict(latents, timestep, prompts, {}, Guidance(3.0), windows.groups(16))
 
     print(f"\n{music_model}, windows of {own} latent frames overlapping by a quarter; TFLOP with guidance.\n")

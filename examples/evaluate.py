@@ -47,6 +47,8 @@ from melfusion_pipeline import MelFusionPipeline, __version__, extractors
 from melfusion_pipeline.audio import Spectrogram
 from melfusion_pipeline.data import check_rows, load_rows, select_good_rows
 
+# What a call takes from its checkpoint where it is not given.
+CALL = ("num_inference_steps", "num_inversion_steps", "guidance_scale", "image_guidance_scale", "image_guidance_end")
 CLASSIFIERS = {
     "ast": extractors.AstExtractor,
     "panns": extractors.PannsExtractor,
@@ -70,11 +72,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--storyboard_pictures", type=int, help=use)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--audio_length_in_s", type=float, help="of all clips; default: the checkpoint's own")
-    parser.add_argument("--num_inference_steps", type=int, help="default: the checkpoint's own, as for the next three")
+    parser.add_argument("--num_inference_steps", type=int, help="default: the checkpoint's own, as for the next four")
     parser.add_argument("--num_inversion_steps", type=int)
     parser.add_argument("--feature_source", choices=("inversion", "reconstruction"), default="inversion")
     parser.add_argument("--guidance_scale", type=float)
     parser.add_argument("--image_guidance_scale", type=float, help="1: the picture does not guide")
+    parser.add_argument("--image_guidance_end", type=float, help="share of the steps after which it guides no more")
     parser.add_argument("--synapse_scale", type=float, default=1.0)
     use = f"for FAD and KAD, one of {list(EMBEDDERS)}; default: --clap_model, without one a fixed log-mel embedding"
     parser.add_argument("--fad_extractor", type=name_and_path, metavar="NAME=MODEL", help=use)
@@ -159,7 +162,7 @@ def read_options(arguments: argparse.Namespace, pipe: MelFusionPipeline | None) 
         call |= {"feature_source": arguments.feature_source, "synapse_scale": arguments.synapse_scale}
         # Written out, so that the results say what they were made with.
         defaults = {**pipe.config, "default_num_inversion_steps": pipe.default_num_inversion_steps}
-        for name in ("num_inference_steps", "num_inversion_steps", "guidance_scale", "image_guidance_scale"):
+        for name in CALL:
             given = getattr(arguments, name)
             call[name] = defaults[f"default_{name}"] if given is None else given
     rate = Spectrogram.sampling_rate if pipe is None else pipe.sampling_rate

@@ -37,6 +37,7 @@ def check_call(
     num_inversion_steps: int,
     guidance_scale: float,
     image_guidance_scale: float | None,
+    image_guidance_end: float,
     synapse_scale: float | list[float],
     negative_prompt: str | list[str] | None,
     num_waveforms_per_prompt: int,
@@ -71,7 +72,7 @@ def check_call(
         image: The pictures as `as_pil_images` gives them, or None.
         audio_length_in_s: As in `__call__`, but not None.
         prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, image_prompt: As in `__call__`.
-        guidance_scale, image_guidance_scale, synapse_scale: As in `__call__`.
+        guidance_scale, image_guidance_scale, image_guidance_end, synapse_scale: As in `__call__`.
         image_size, image_features, feature_source, num_inversion_steps: As in `__call__`.
         num_inference_steps, num_waveforms_per_prompt, eta, generator, latents: As in `__call__`.
         image_start_in_s, window_length_in_s, window_overlap, window_batch_size: As in `__call__`.
@@ -90,6 +91,7 @@ def check_call(
     _check_integer("num_waveforms_per_prompt", num_waveforms_per_prompt, 1, MAX_WAVEFORMS_PER_PROMPT)
     _check_real("guidance_scale", guidance_scale)
     _check_real("eta", eta, 0.0, 1.0)
+    _check_real("image_guidance_end", image_guidance_end, 0.0, 1.0)
     frame_length = pipe.vae_scale_factor * pipe._seconds_per_frame
     _check_real("audio_length_in_s", audio_length_in_s, frame_length * (1 - 1e-6), MAX_AUDIO_LENGTH_IN_S)
     _check_windows(pipe, window_length_in_s, window_overlap, window_batch_size)

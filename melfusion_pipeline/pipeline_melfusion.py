@@ -90,6 +90,7 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             stored in `model_index.json`: what a checkpoint was evaluated with comes with it.
         default_guidance_scale: Likewise, the strength of the text.
         default_image_guidance_scale: Likewise, the strength of the picture; None guides with the text alone.
+        default_image_guidance_end: Likewise, the share of the steps after which the picture guides no more.
         default_num_inversion_steps: Likewise, the inversion steps; None takes those that `synapse` was trained with,
             or 10 before training.
         default_window_length_in_s: Likewise, the length of the windows in which a longer piece is made; None takes the
@@ -143,6 +144,7 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
         default_num_inference_steps: int = 50,
         default_guidance_scale: float = 3.0,
         default_image_guidance_scale: float | None = None,
+        default_image_guidance_end: float = 1.0,
         default_num_inversion_steps: int | None = None,
         default_window_length_in_s: float | None = None,
         spectrogram_fft_length: int = 1024,
@@ -172,6 +174,7 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             default_num_inference_steps=default_num_inference_steps,
             default_guidance_scale=default_guidance_scale,
             default_image_guidance_scale=default_image_guidance_scale,
+            default_image_guidance_end=default_image_guidance_end,
             default_num_inversion_steps=default_num_inversion_steps,
             default_window_length_in_s=default_window_length_in_s,
             spectrogram_fft_length=spectrogram_fft_length,
@@ -327,6 +330,12 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             yield group
             progress_bar.update()
 
+    def _end_image_guidance(self, prompts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Lets the text alone guide from here on, and gives the prompts of the branches that are left."""
+        num_rows = len(next(iter(prompts.values()))) // self.guidance.num_branches
+        self._image_guidance_scale = None
+        return {name: rows[-num_rows * self.guidance.num_branches :] for name, rows in prompts.items()}
+
     def _call_back(
         self,
         callback: Callable,
@@ -348,7 +357,8 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
         if not isinstance(returned, dict):
             raise TypeError(f"`callback_on_step_end` must return a dict or None, got {returned!r:.80}.")
         latents, prompt_embeds, negative_prompt_embeds = (returned.get(name, shown[name]) for name in shown)
-        prompts = self.prompts.to_unet(prompt_embeds)
+        if prompt_embeds is not shown["prompt_embeds"]:
+            prompts = self.prompts.to_unet(prompt_embeds)
         if negative_prompt_embeds is not shown["negative_prompt_embeds"]:
             negative_prompts = self.prompts.to_unet(negative_prompt_embeds)
             prompts = self.guidance.join(self.guidance.last(prompts), negative_prompts)
@@ -381,6 +391,7 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
         num_inversion_steps: int | None = None,
         guidance_scale: float | None = None,
         image_guidance_scale: float | None = None,
+        image_guidance_end: float | None = None,
         synapse_scale: float | list[float] = 1.0,
         negative_prompt: str | list[str] | None = None,
         num_waveforms_per_prompt: int = 1,
@@ -414,12 +425,15 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
                 text-to-music.
             prompt: One text or a list. With a picture it may be left out.
             audio_length_in_s: The length of the music in seconds. None is the UNet's own length.
-            num_inference_steps: Denoising steps of the music. None is the checkpoint's default, as for the next three:
+            num_inference_steps: Denoising steps of the music. None is the checkpoint's default, as for the next four:
                 what it was evaluated with (`pipe.config.default_num_inference_steps`, ...).
             num_inversion_steps: Inversion steps of the picture; each music step uses the features nearest in time.
             guidance_scale: Strength of the text; 1 or less is no guidance.
             image_guidance_scale: Strength of the picture beside that of the text, at the cost of a third branch; at 1
                 the picture does not guide, and there is none.
+            image_guidance_end: The share of the steps after which the picture guides no more, in [0, 1]; it stays
+                blended. What a picture decides is decided early, and later steps do without the third branch (limited
+                interval, arXiv 2404.07724).
             synapse_scale: Multiplies every alpha of the synapse, or one number for each layer. 0 ignores the picture.
             negative_prompt: What to keep out; one text or as many as prompts.
             num_waveforms_per_prompt: Waveforms for each prompt (or each picture, where those are more); of a
@@ -477,6 +491,8 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             guidance_scale = self.config.default_guidance_scale
         if image_guidance_scale is None and (image is not None or image_features is not None):
             image_guidance_scale = self.config.default_image_guidance_scale
+        if image_guidance_end is None:
+            image_guidance_end = self.config.default_image_guidance_end
         if num_inversion_steps is None and image is not None:
             num_inversion_steps = self.default_num_inversion_steps
         images = None if image is None else as_pil_images(image)
@@ -492,6 +508,7 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             num_inversion_steps=num_inversion_steps,
             guidance_scale=guidance_scale,
             image_guidance_scale=image_guidance_scale,
+            image_guidance_end=image_guidance_end,
             synapse_scale=synapse_scale,
             negative_prompt=negative_prompt,
             num_waveforms_per_prompt=num_waveforms_per_prompt,
@@ -559,11 +576,20 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
 
         # 7. Denoise
         predictor = NoisePredictor(
-            self.unet, self.prompts, windows, num_waveforms_per_prompt, blenders, alphas, cross_attention_kwargs
+            self.unet,
+            self.prompts,
+            windows,
+            num_waveforms_per_prompt,
+            blenders,
+            alphas,
+            prompts,
+            cross_attention_kwargs,
         )
         total = len(timesteps) * len(groups)
         with use_attn_processors(self.unet, blenders), self.progress_bar(total=total) as progress_bar:
             for i, t in enumerate(timesteps):
+                if i == round(image_guidance_end * len(timesteps)) and self._image_guidance_scale is not None:
+                    prompts = self._end_image_guidance(prompts)
                 model_input = self.scheduler.scale_model_input(latents, t)
                 remaining = self._until_interrupted(groups, progress_bar)
                 noise_pred = predictor.predict(model_input, t, prompts, recorded[i], self.guidance, remaining)

@@ -200,6 +200,7 @@ BAD_ARGUMENTS = {
     "num_inversion_steps": wrong_integers(1, 1000),
     "guidance_scale": wrong_reals(),
     "image_guidance_scale": wrong_reals(),
+    "image_guidance_end": wrong_reals(0.0, 1.0),
     "synapse_scale": wrong_reals()
     | st.none()
     | st.lists(not_finite, min_size=6, max_size=6)

@@ -756,6 +756,7 @@ def test_bfloat16_on_processors_with_amx_is_named_as_a_cause(pipe, component, dt
 
 def test_a_call_takes_the_defaults_that_its_checkpoint_stores(components, image, tmp_path):
     defaults = {"num_inference_steps": 3, "guidance_scale": 2.0, "image_guidance_scale": 4.0, "num_inversion_steps": 2}
+    defaults["image_guidance_end"] = 0.7
     pipe = MelFusionPipeline(**components, **{f"default_{name}": value for name, value in defaults.items()})
     pipe.save_pretrained(tmp_path)
     loaded = MelFusionPipeline.from_pretrained(tmp_path)
@@ -776,7 +777,7 @@ def test_a_checkpoint_of_before_loads_and_is_called_as_before(pipe, image, tmp_p
     new = MelFusionPipeline.from_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     stored = {name: index.pop(name) for name in list(index) if name.startswith("default_")}
-    assert len(stored) == 5
+    assert len(stored) == 6
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     old = MelFusionPipeline.from_pretrained(tmp_path)
     for one in (new, old):
@@ -791,6 +792,51 @@ def test_what_the_synapse_was_trained_with_is_the_default(pipe, image):
     features = pipe.encode_image(image)
     assert len(features.timesteps) == 3 and features.image_size == 16
     assert len(pipe.encode_image(image, num_inversion_steps=2).timesteps) == 2
+
+
+def test_the_picture_guides_up_to_its_end_and_stays_blended(pipe, image):
+    def guided(**kwargs):
+        return run(pipe, image, PROMPTS[0], num_inference_steps=4, image_guidance_scale=4.0, **kwargs)
+
+    def one_branch_less(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe._image_guidance_scale = None
+            return {"prompt_embeds": tensors["prompt_embeds"][1:]}
+
+    by_hand = {"callback_on_step_end": one_branch_less, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    assert_near(guided(image_guidance_end=0.5), guided(**by_hand))
+    assert np.array_equal(guided(image_guidance_end=0.0), run(pipe, image, PROMPTS[0], num_inference_steps=4))
+    assert np.array_equal(guided(image_guidance_end=1.0), guided())
+    assert not np.array_equal(guided(image_guidance_end=0.5), guided())
+    # Without guidance by the text one branch is left.
+    assert np.isfinite(guided(image_guidance_end=0.5, guidance_scale=1.0)).all()
+
+
+def test_branches_of_one_text_share_down_and_mid_blocks(pipe, image):
+    """The result is that of three rows; a callback that puts other prompts in their place is given three rows."""
+    rows = []
+
+    def note(module, args):
+        rows.append((module is pipe.unet.up_blocks[-1].resnets[-1], len(args[0])))
+
+    hooks = [
+        block.resnets[-1].register_forward_pre_hook(note)
+        for block in (pipe.unet.down_blocks[0], pipe.unet.up_blocks[-1])
+    ]
+    kwargs = {"num_inference_steps": 2, "image_guidance_scale": 4.0, "num_waveforms_per_prompt": 2}
+    shared = run(pipe, image, PROMPTS[0], **kwargs)
+    assert rows == 2 * [(False, 4), (True, 6)]
+    rows.clear()
+    given = {
+        "callback_on_step_end": lambda pipe, step, timestep, tensors: {
+            "prompt_embeds": tensors["prompt_embeds"].clone()
+        }
+    }
+    own = run(pipe, image, PROMPTS[0], **kwargs, **given, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert rows == [(False, 4), (True, 6), (False, 6), (True, 6)]
+    assert_near(shared, own)
+    for hook in hooks:
+        hook.remove()
 
 
 def test_at_one_the_picture_does_not_guide(pipe, image):

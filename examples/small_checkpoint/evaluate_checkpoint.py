@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import evaluate  # noqa: E402
 
 SYSTEMS = ("melfusion", "text-only", "shuffled", "reference")
-CALL = ("num_inference_steps", "num_inversion_steps", "guidance_scale", "image_guidance_scale")
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=200)
     parser.add_argument("--systems", nargs="*", default=SYSTEMS)
     parser.add_argument("--feature_source", default="inversion")
-    for name in CALL:
+    for name in evaluate.CALL:
         parser.add_argument(f"--{name}", help="default: the checkpoint's own")
     return parser.parse_args()
 
@@ -52,7 +51,7 @@ def make_table(args: argparse.Namespace, triplets: Path) -> None:
     bridge = args.output / "mood_sentences.txt"
     bridge.write_text("".join(f"{text}\n" for text in mood_texts()[0]))
     named = {name: getattr(args, name) for name in ("checkpoint", "output", "feature_source")}
-    named |= {name: getattr(args, name) for name in CALL if getattr(args, name) is not None}
+    named |= {name: getattr(args, name) for name in evaluate.CALL if getattr(args, name) is not None}
     named |= {"triplets": triplets, "imsm_captions": bridge, "classifier": f"ast={args.components / 'classifier'}"}
     named |= {f"{model}_model": args.components / model for model in ("clap", "clip")}
     evaluate.main([*(f"--{name}={value}" for name, value in named.items()), "--systems", *args.systems])
