@@ -10,12 +10,14 @@ import functools
 from collections.abc import Callable
 
 import torch
+from diffusers import AutoencoderTiny
 from full_size import AUDIOLDM, BASE_MODELS, STABLE_DIFFUSION, build_components
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.attention_melfusion import KVBlenders, use_attn_processors
+from melfusion_pipeline.denoising_melfusion import double_first_branch_in_decoder
 from melfusion_pipeline.inversion_melfusion import record_image_features
 
 MUSIC_MODELS = [name for name in BASE_MODELS["text_to_music"] if name.startswith("cvssp/audioldm-")]
@@ -35,20 +37,20 @@ def count(function: Callable, *args, **kwargs) -> tuple[float, object]:
     return counter.get_total_flops() / 1e12, result
 
 
-def text_arguments(unet: torch.nn.Module) -> dict[str, torch.Tensor | None]:
-    """What a prompt becomes for a music UNet, for two guidance branches, on the meta device."""
+def text_arguments(unet: torch.nn.Module, rows: int = 2) -> dict[str, torch.Tensor | None]:
+    """What a prompt becomes for a music UNet, for so many guidance branches, on the meta device."""
     config, meta = unet.config, torch.device("meta")
     if config.class_embed_type is not None:
-        labels = torch.empty(2, config.projection_class_embeddings_input_dim, device=meta)
+        labels = torch.empty(rows, config.projection_class_embeddings_input_dim, device=meta)
         return {"encoder_hidden_states": None, "class_labels": labels}
-    mask = torch.empty(2, TEXT_TOKENS, device=meta)
+    mask = torch.empty(rows, TEXT_TOKENS, device=meta)
     if isinstance(config.cross_attention_dim, int):
-        text = torch.empty(2, TEXT_TOKENS, config.cross_attention_dim, device=meta)
+        text = torch.empty(rows, TEXT_TOKENS, config.cross_attention_dim, device=meta)
         return {"encoder_hidden_states": text, "encoder_attention_mask": mask}
     _, first, second = config.cross_attention_dim[0]
     return {
-        "encoder_hidden_states": torch.empty(2, GENERATED_TOKENS, first, device=meta),
-        "encoder_hidden_states_1": torch.empty(2, TEXT_TOKENS, second, device=meta),
+        "encoder_hidden_states": torch.empty(rows, GENERATED_TOKENS, first, device=meta),
+        "encoder_hidden_states_1": torch.empty(rows, TEXT_TOKENS, second, device=meta),
         "encoder_attention_mask_1": mask,
     }
 
@@ -69,7 +71,7 @@ class Counted:
         null = torch.empty(1, 77, pipe.image_unet.config.cross_attention_dim, device="meta")
 
         pixels = torch.empty(1, 3, image_size, image_size, device="meta")
-        self.image_vae, _ = count(lambda: pipe.image_vae.encode(pixels).latent_dist.mode())
+        self.image_vae, _ = count(pipe.image_vae.encode, pixels)
         self.image_pass, _ = count(pipe.image_unet, image_latents, timestep, null)
         layers = pipe.synapse.config.image_layers
         record = (pipe.image_unet, pipe.image_scheduler, image_latents, null, layers, inversion_steps)
@@ -80,13 +82,24 @@ class Counted:
         self.feature_bytes = features.nbytes // 2
 
         self.step, _ = count(pipe.unet, latents, timestep, **text)
-        blenders = KVBlenders(pipe.synapse.config.music_layers)
-        blenders.read(fitted.at(0), torch.empty(len(layers), 2, device="meta"))
-        with use_attn_processors(pipe.unet, blenders):
-            self.blended_step, _ = count(pipe.unet, latents, timestep, **text)
+        self.blended_step = self._count_blended_step(pipe, fitted.at(0), 2)
+        self.guided_step = self._count_blended_step(pipe, fitted.at(0), 3)
+        with double_first_branch_in_decoder(pipe.unet):
+            self.shared_step = self._count_blended_step(pipe, fitted.at(0), 2, branches=3)
         mel = torch.empty(1, pipe._num_frames(AUDIO_LENGTH_IN_S), pipe.vocoder.config.model_in_dim, device="meta")
         self.vae, _ = count(pipe.decode_latents, latents[:1])
         self.vocoder, _ = count(pipe.vocoder, mel)
+
+    def _count_blended_step(
+        self, pipe: MelFusionPipeline, fitted: dict, rows: int, branches: int | None = None
+    ) -> float:
+        """Counts a music step with `rows` in the encoder and as many in the decoder, or `branches`."""
+        latents = torch.empty(rows, *pipe._latent_shape(AUDIO_LENGTH_IN_S), device="meta")
+        blenders = KVBlenders(pipe.synapse.config.music_layers)
+        blenders.read(fitted, torch.empty(len(blenders), branches or rows, device="meta"))
+        with use_attn_processors(pipe.unet, blenders):
+            timestep = torch.empty((), device="meta")
+            return count(pipe.unet, latents, timestep, **text_arguments(pipe.unet, rows))[0]
 
     def text_to_music(self, steps: int) -> float:
         return steps * self.step + self.vae + self.vocoder
@@ -96,6 +109,12 @@ class Counted:
 
     def default(self, steps: int) -> float:
         return self.with_features(steps) + self.image_vae + self.inversion
+
+    def guided(self, steps: int, shared: bool = True, end: float = 1.0) -> float:
+        """With a fresh picture that guides beside the text, in that share of the steps."""
+        first, guided_step = round(end * steps), self.shared_step if shared else self.guided_step
+        music = first * guided_step + (steps - first) * self.blended_step
+        return self.image_vae + self.inversion + self.fit + music + self.vae + self.vocoder
 
     def to_the_letter(self, steps: int) -> float:
         """As many inversion as denoising steps, then as many passes that record: section 3 of the paper."""
@@ -116,6 +135,36 @@ def print_parts(counted: Counted) -> None:
         f" {100 * (counted.blended_step / counted.step - 1):.2f}% to a step."
         f" Features of {INVERSION_STEPS} steps: {counted.feature_bytes / 1e6:.0f} MB in fp16."
     )
+
+
+def print_goal() -> None:
+    """Prints what a fresh picture and a prompt cost with picture guidance, change by change, with AudioLDM-S."""
+    with torch.device("meta"):
+        pipe = MelFusionPipeline(**build_components(music_model=AUDIOLDM), **LENGTH)
+    ten, two = Counted(pipe, 512), Counted(pipe, 512, 2)
+    smaller = Counted(pipe, 384, 2)
+    pipe.image_vae = AutoencoderTiny().to("meta")
+    tiny = Counted(pipe, 512, 2), Counted(pipe, 384, 2)
+    rows = {
+        "the paper to the letter, 50 steps": ten.to_the_letter(50),
+        "text-to-music, 50 steps": ten.text_to_music(50),
+        "text-to-music, 10 steps": ten.text_to_music(10),
+        "25 steps of three branches, ten inversion steps: the small checkpoint's first setting": ten.guided(25, False),
+        "10 steps": ten.guided(10, False),
+        "and branches of one text share down and mid blocks (exact)": ten.guided(10),
+        "and the picture guides in the first half": ten.guided(10, end=0.5),
+        "and two inversion steps": two.guided(10, end=0.5),
+        "and a lightweight VAE for the picture": tiny[0].guided(10, end=0.5),
+        "instead, 384 px": smaller.guided(10, end=0.5),
+        "384 px and the lightweight VAE": tiny[1].guided(10, end=0.5),
+    }
+    print("\n| a fresh picture of 512 px and a prompt, AudioLDM-S | TFLOP | of text-to-music, 50 steps |")
+    print("|---|---|---|")
+    for name, value in rows.items():
+        print(f"| {name} | {value:.2f} | {value / ten.text_to_music(50):.3f} |", flush=True)
+    stages = (("ten inversion steps", ten), ("two", two), ("two, 384 px", smaller), ("two, lightweight VAE", tiny[0]))
+    stages = [f"{name} {counted.image_vae + counted.inversion:.2f}" for name, counted in stages]
+    print(f"\nThe picture's stage alone, TFLOP: {', '.join(stages)}.")
 
 
 def print_family(music_model: str, steps: int = 50) -> None:
@@ -158,7 +207,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for music_model in FAMILIES:
         print_family(music_model)
-    print()
+    print_goal()
 
 
 if __name__ == "__main__":
