@@ -39,6 +39,8 @@ FROZEN_TOWERS = (
     "image_text_encoder",
     "image_unet",
 )
+# A pipeline that only generates may lack some of these.
+NEEDED = ("vae", "text_encoder", "unet", "synapse", "image_vae", "image_text_encoder", "image_unet")
 
 
 class Draw(NamedTuple):
@@ -62,10 +64,15 @@ def freeze(pipe: DiffusionPipeline, trainable: str, dtype: torch.dtype = torch.f
         dtype: The dtype of the frozen parts.
 
     Raises:
-        ValueError: If `trainable` is neither.
+        ValueError: If `trainable` is neither, or the pipeline lacks a component that training needs.
     """
     if trainable not in TRAINABLE:
         raise ValueError(f"`trainable` must be one of {list(TRAINABLE)}, got {trainable!r}.")
+    if lacking := [name for name in NEEDED if getattr(pipe, name) is None]:
+        raise ValueError(
+            f"Training needs {', '.join(f'`{name}`' for name in lacking)}, None in this pipeline: load it with all"
+            " components, or compose it with `MelFusionPipeline.from_base_models`."
+        )
     for name in (*FROZEN_TOWERS, "unet", "synapse"):
         trained = name in TRAINABLE[trainable]
         model = getattr(pipe, name)
@@ -153,7 +160,8 @@ class TrajectoryCache:
             process_index: The number of this process, from 0.
             num_processes: How many processes share the work.
         """
-        own = self.missing(image_paths)[process_index::num_processes]
+        # Shared out before asking what is missing: while the others work, the answer changes.
+        own = self.missing(list(dict.fromkeys(image_paths))[process_index::num_processes])
         with tqdm(total=len(own), desc="Inverting pictures", disable=not own) as bar:
             for start in range(0, len(own), batch_size):
                 chunk = own[start : start + batch_size]

@@ -104,6 +104,13 @@ def test_freezing_casts_what_is_frozen_and_keeps_what_is_trained_in_float32(trai
         freeze(training_pipe, "vae")
 
 
+@pytest.mark.parametrize("name", ["image_text_encoder", "image_unet", "synapse"])
+def test_a_pipeline_without_what_training_needs_is_refused_by_name(training_pipe, name):
+    setattr(training_pipe, name, None)
+    with pytest.raises(ValueError, match=f"Training needs `{name}`"):
+        freeze(training_pipe, "synapse")
+
+
 def test_gradient_checkpointing_changes_no_gradient(training_pipe, batch, tmp_path):
     gradients = []
     for checkpointing in (False, True):
@@ -250,7 +257,9 @@ def test_the_cache_is_keyed_by_content_settings_and_models_and_is_resumable(trai
     assert cache.missing(paths) == paths
     cache.build(paths, batch_size=3, process_index=0, num_processes=2)
     assert cache.missing(paths) == paths[1::2]
-    cache.build(paths)
+    # A process that begins when another is done has its own half to do all the same.
+    cache.build(paths, process_index=1, num_processes=2)
+    assert cache.missing(paths) == []
     files = sorted(cache.folder.iterdir())
     assert len(files) == 4 and {file.suffix for file in files} == {".safetensors"}
     payload = sum(file.stat().st_size for file in files)
