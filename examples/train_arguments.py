@@ -9,6 +9,9 @@ from diffusers.optimization import SchedulerType
 from melfusion_pipeline.data import COLUMNS
 from melfusion_pipeline.training import TRAINABLE
 
+# Of diffusers, but the one that needs rules of its own.
+LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+
 
 def parse_arguments(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,7 +49,7 @@ def add_data_arguments(group) -> None:
     group.add_argument("--trajectory_cache", help="folder (default: trajectories in --output_dir)")
     group.add_argument("--music_latents_cache", help="folder for encoded clips, if none is longer than trained on")
     group.add_argument("--random_image_crops", action="store_true", help="only with --image_latents noising")
-    group.add_argument("--dataloader_num_workers", type=int, default=0)
+    group.add_argument("--dataloader_num_workers", type=int, help="default: a core each, 8 at most; one stays free")
 
 
 def add_training_arguments(group) -> None:
@@ -56,7 +59,7 @@ def add_training_arguments(group) -> None:
     group.add_argument("--max_train_steps", type=int, default=10_000)
     group.add_argument("--learning_rate", type=float, default=3e-5, help="of the music UNet")
     group.add_argument("--synapse_learning_rate", type=float, default=1e-3)
-    group.add_argument("--lr_scheduler", choices=[kind.value for kind in SchedulerType], default="constant")
+    group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="constant")
     group.add_argument("--lr_warmup_steps", type=int, default=0)
     group.add_argument("--adam_beta1", type=float, default=0.9)
     group.add_argument("--adam_beta2", type=float, default=0.999)
@@ -70,7 +73,10 @@ def add_training_arguments(group) -> None:
     group.add_argument("--image_dropout", type=float, default=0.1)
     group.add_argument("--use_ema", action="store_true")
     group.add_argument("--ema_decay", type=float, default=0.9999)
-    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
+    group.add_argument(
+        "--mixed_precision", choices=("no", "fp16", "bf16"), help="default: that of accelerate's config"
+    )
+    group.add_argument("--allow_tf32", action="store_true", help="faster float32 products on Ampere and later GPUs")
     group.add_argument("--gradient_checkpointing", action="store_true")
     group.add_argument("--seed", type=int, default=0)
 
@@ -113,6 +119,8 @@ def find_problems(args: argparse.Namespace) -> Iterator[str]:
     ).split():
         if not getattr(args, name) > 0:
             yield f"--{name} must be above 0, got {getattr(args, name)}"
+    if args.dataloader_num_workers is not None and args.dataloader_num_workers < 0:
+        yield f"--dataloader_num_workers must be 0 or above, got {args.dataloader_num_workers}"
     for name in ("text_dropout", "image_dropout", "ema_decay"):
         if not 0 <= getattr(args, name) <= 1:
             yield f"--{name} must lie in [0, 1], got {getattr(args, name)}"

@@ -96,11 +96,21 @@ def reader(path: str, args: argparse.Namespace):
     )
 
 
+def loading(args: argparse.Namespace, accelerator: Accelerator) -> dict:
+    """How a `DataLoader` is to load: by workers, into memory that a GPU reads while it computes."""
+    num_workers = args.dataloader_num_workers
+    if num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        num_workers = min(max(cores // processes - 1, 0), 8)
+    return {"num_workers": num_workers, "pin_memory": accelerator.device.type == "cuda"}
+
+
 def make_loader(rows: Iterable[dict], args: argparse.Namespace, accelerator: Accelerator) -> DataLoader:
     share = (args.train_batch_size, accelerator.process_index, accelerator.num_processes)
     if args.streaming:
         stream = TripletStream(rows.shuffle(seed=args.seed), reader(args.train_data, args), *share)
-        return DataLoader(stream, batch_size=None, num_workers=args.dataloader_num_workers)
+        return DataLoader(stream, batch_size=None, **loading(args, accelerator))
     batches = GlobalBatches(len(rows), *share, args.seed)
     if len(rows) < batches.global_batch_size:
         raise ValueError(
@@ -108,7 +118,7 @@ def make_loader(rows: Iterable[dict], args: argparse.Namespace, accelerator: Acc
             f" ({batches.global_batch_size}): lower --train_batch_size."
         )
     dataset = TripletDataset(rows, reader(args.train_data, args))
-    return DataLoader(dataset, batch_sampler=batches, num_workers=args.dataloader_num_workers)
+    return DataLoader(dataset, batch_sampler=batches, **loading(args, accelerator))
 
 
 def endless_batches(loader: DataLoader, position: Position, device: torch.device) -> Iterator[dict]:
@@ -122,7 +132,7 @@ def endless_batches(loader: DataLoader, position: Position, device: torch.device
             batches = loader
         for batch in batches:
             position.batch += 1
-            yield send_to_device(batch, device)
+            yield send_to_device(batch, device, non_blocking=True)
         if position.batch == 0:
             raise ValueError("--train_data holds fewer rows than one batch over all devices.")
         position.epoch, position.batch = position.epoch + 1, 0

@@ -7,31 +7,28 @@ accelerate launch examples/train_melfusion.py \
 """
 
 import argparse
-import functools
+import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, send_to_device, set_seed
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from publish import Publication, read_training, upload, write_model_card, write_training
-from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 from train_arguments import parse_arguments
-from train_data import Position, endless_batches, load_checked_rows, make_loader, reader
+from train_checkpoints import EMA, resume, save_checkpoint
+from train_data import endless_batches, load_checked_rows, make_loader
+from train_state import State, whole
+from train_validation import validate
 
 from melfusion_pipeline import MelFusionPipeline
-from melfusion_pipeline.audio import Spectrogram, save_audio
-from melfusion_pipeline.data import open_image
+from melfusion_pipeline.audio import Spectrogram
 from melfusion_pipeline.files_melfusion import atomic_write, staged_folder
-from melfusion_pipeline.plotting import plot_mel_spectrogram
 from melfusion_pipeline.training import (
     TRAINABLE,
     MelFusionObjective,
@@ -42,32 +39,13 @@ from melfusion_pipeline.training import (
 )
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# The validation loss is the mean over this many fixed draws of timestep and noise a row.
-VALIDATION_DRAWS = 4
-VALIDATION_BATCH_SIZE = 4
+# Devices on which torch 2.6, the oldest that we support, takes AdamW's step in one kernel.
+FUSED = ("cpu", "cuda", "mps", "xpu")
+# GradScaler begins with 65,536 and halves after each overflow: below this, no scale will help.
+SMALLEST_LOSS_SCALE = 2.0**-20
 
 
-# ---------------------------------------- state
-
-
-@dataclass
-class State:
-    """Everything that the stages of training share."""
-
-    args: argparse.Namespace
-    accelerator: Accelerator
-    pipe: MelFusionPipeline
-    objective: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    ema: EMAModel | None
-    loader: DataLoader
-    position: Position = field(default_factory=Position)
-    validation_rows: Iterable[dict] = ()
-
-    @property
-    def bare_objective(self) -> MelFusionObjective:
-        return self.accelerator.unwrap_model(self.objective)
+# ---------------------------------------- setup
 
 
 def load_pipeline(args: argparse.Namespace) -> MelFusionPipeline:
@@ -78,20 +56,44 @@ def load_pipeline(args: argparse.Namespace) -> MelFusionPipeline:
     )
 
 
-# ---------------------------------------- setup
-
-
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    if args.mixed_precision == "bf16":
-        # On processors with AMX, torch 2.13 computes bfloat16 convolutions with narrow outputs wrongly.
-        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    """Makes the accelerator; without `--mixed_precision` its config or launch decides, as in diffusers' scripts."""
     plugin = GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False)
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
+        # The main process writes long and inverts many pictures: ten minutes, gloo's default, are not enough.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))],
         gradient_accumulation_plugin=plugin,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir / "logs"),
     )
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        raise ValueError(
+            "DeepSpeed would override accumulation and clipping: use examples/accelerate/fsdp.json instead."
+        )
+    if accelerator.mixed_precision not in DTYPES:
+        raise ValueError(f"Mixed precision must be one of {list(DTYPES)}, got {accelerator.mixed_precision!r}.")
+    if accelerator.mixed_precision == "bf16":
+        # On processors with AMX, torch 2.13 computes bfloat16 convolutions with narrow outputs wrongly.
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+        if accelerator.is_fsdp2:
+            # FSDP2 would round the waveforms, before they become spectrograms, to eight bits.
+            sharding = accelerator.state.fsdp_plugin
+            sharding.mixed_precision_policy = dataclasses.replace(
+                sharding.mixed_precision_policy, cast_forward_inputs=False
+            )
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    return accelerator
+
+
+def make_optimizer(objective: MelFusionObjective, args: argparse.Namespace, accelerator: Accelerator):
+    rates = {"synapse": args.synapse_learning_rate, "unet": args.learning_rate}
+    groups = [{"params": list(part.parameters()), "lr": rates[name]} for name, part in objective.trained.items()]
+    # A fused step looks for overflows by itself, and accelerate does not learn that it was skipped.
+    fused = accelerator.device.type in FUSED and accelerator.scaler is None
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW(groups, betas=betas, weight_decay=args.adam_weight_decay, fused=fused)
 
 
 def make_trajectories(
@@ -144,98 +146,67 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator) -> State | None:
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(pipe)
     args.resolution, args.sampling_rate = args.resolution or pipe.default_image_size, pipe.sampling_rate
-    freeze(pipe, args.train, DTYPES[args.mixed_precision])
+    freeze(pipe, args.train, DTYPES[accelerator.mixed_precision])
     pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     objective = make_objective(args, pipe, make_trajectories(rows, args, accelerator, pipe))
-    rates = {"synapse": args.synapse_learning_rate, "unet": args.learning_rate}
-    groups = [{"params": list(part.parameters()), "lr": rates[name]} for name, part in objective.trained.items()]
-    betas = (args.adam_beta1, args.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=args.adam_weight_decay)
+    optimizer = make_optimizer(objective, args, accelerator)
     steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
-    ema = EMAModel(objective.trained.parameters(), args.ema_decay, use_ema_warmup=True) if args.use_ema else None
     loader = make_loader(rows, args, accelerator)
     objective, optimizer = accelerator.prepare(objective, optimizer)
-    state = State(args, accelerator, pipe, objective, optimizer, lr_scheduler, ema, loader)
+    state = State(args, accelerator, pipe, objective, optimizer, lr_scheduler, loader)
     state.validation_rows = validation_rows
-    accelerator.register_for_checkpointing(lr_scheduler, state.position, *([ema] if ema else []))
+    if args.use_ema:
+        # Of the weights as they are now: FSDP may have sharded them.
+        state.ema = EMA(state.bare_objective.trained.parameters(), args.ema_decay, use_ema_warmup=True)
+    accelerator.register_for_checkpointing(lr_scheduler, state.position, *([state.ema] if state.ema else []))
     accelerator.init_trackers("melfusion", config={name: str(value) for name, value in vars(args).items()})
     return state
-
-
-# ---------------------------------------- checkpoints
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Lists complete checkpoints, oldest first."""
-    return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def save_checkpoint(state: State) -> None:
-    """Writes a checkpoint beside its final name, then renames it: a kill leaves the previous ones as they were."""
-    accelerator, output_dir = state.accelerator, state.args.output_dir
-    final = output_dir / f"checkpoint-{state.position.step}"
-    partial = output_dir / f".partial-{final.name}"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    try:
-        accelerator.save_state(str(partial))
-    except BaseException:
-        # Half a checkpoint is of no use, and a full disk stays full while it lies there.
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        limit = state.args.checkpoints_total_limit
-        for old in list_checkpoints(output_dir)[:-limit] if limit else []:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def resume(state: State) -> None:
-    source = state.args.resume_from_checkpoint
-    if source is None:
-        return
-    checkpoints = list_checkpoints(state.args.output_dir)
-    if source == "latest" and not checkpoints:
-        state.accelerator.print("No checkpoint to resume from: training starts anew.")
-        return
-    state.accelerator.load_state(str(checkpoints[-1] if source == "latest" else source))
-    if state.ema is not None:
-        state.ema.to(state.accelerator.device)
-    state.accelerator.print(f"Resumed at step {state.position.step}.")
 
 
 # ---------------------------------------- training
 
 
 def mean_alpha(state: State) -> float:
-    return state.pipe.synapse.alphas.detach().abs().mean().item()
+    return whole(state.pipe.synapse.alphas).detach().abs().mean().item()
 
 
 def train_step(state: State, batches: Iterator[dict]) -> float:
-    """Takes one optimisation step, over as many batches as are accumulated, and gives the mean loss of all devices."""
+    """Takes one optimisation step, over as many batches as are accumulated, and gives the mean loss of all devices.
+
+    A step whose gradients overflow in float16 is not taken: schedule, moving average and position stay with it.
+    """
     accelerator, objective = state.accelerator, state.objective
     losses = []
     for _ in range(state.args.gradient_accumulation_steps):
         batch = next(batches)
         with accelerator.accumulate(objective):
-            loss = objective(batch, state.position.step)
+            # FSDP2 leaves to the caller what accelerate does for other models.
+            with accelerator.autocast():
+                loss = objective(batch, state.position.step)
             losses.append(loss.detach())
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(objective.parameters(), state.args.max_grad_norm)
             state.optimizer.step()
             state.optimizer.zero_grad()
-    state.lr_scheduler.step()
-    if state.ema is not None:
-        state.ema.step(state.bare_objective.trained.parameters())
-    state.position.step += 1
+    if not accelerator.optimizer_step_was_skipped:
+        state.lr_scheduler.step()
+        if state.ema is not None:
+            state.ema.step(state.bare_objective.trained.parameters())
+        state.position.step += 1
     return accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+
+
+def tell_overflow(state: State) -> None:
+    scale = state.accelerator.scaler.get_scale()
+    if scale < SMALLEST_LOSS_SCALE:
+        raise FloatingPointError(
+            f"The gradients are not finite, even where the loss is scaled by {scale:g}: lower --learning_rate and"
+            " --synapse_learning_rate, or train with --mixed_precision bf16 or no."
+        )
+    state.accelerator.print(f"step {state.position.step + 1}: float16 overflowed; taken anew with scale {scale:g}")
 
 
 def train(state: State) -> None:
@@ -245,7 +216,11 @@ def train(state: State) -> None:
     bar = tqdm(total=args.max_train_steps, initial=state.position.step, disable=not accelerator.is_local_main_process)
     with state.bare_objective.attached(), bar:
         while state.position.step < args.max_train_steps:
-            figures = {"loss": train_step(state, batches), "mean_alpha": mean_alpha(state)}
+            loss = train_step(state, batches)
+            if accelerator.optimizer_step_was_skipped:
+                tell_overflow(state)
+                continue
+            figures = {"loss": loss, "mean_alpha": mean_alpha(state)}
             step = state.position.step
             bar.update()
             bar.set_postfix(loss=f"{figures['loss']:.4f}", alpha=f"{figures['mean_alpha']:.4f}")
@@ -269,66 +244,6 @@ def open_log(state: State):
     with atomic_write(path) as temporary:
         temporary.write_text("".join(kept))
     return path.open("a")
-
-
-# ---------------------------------------- validation
-
-
-@torch.no_grad()
-def validation_loss(state: State) -> float:
-    """The mean loss over the validation rows, nothing dropped, on fixed timesteps and noise."""
-    accelerator, objective = state.accelerator, state.bare_objective
-    read = functools.partial(reader(state.args.validation_data, state.args), random_image_crops=False)
-    own = islice(state.validation_rows, accelerator.process_index, None, accelerator.num_processes)
-    totals = torch.zeros(2, device=accelerator.device)
-    while rows := list(islice(own, VALIDATION_BATCH_SIZE)):
-        batch = send_to_device(default_collate([read(row) for row in rows]), accelerator.device)
-        for draw in range(VALIDATION_DRAWS):
-            with accelerator.autocast():
-                losses = objective.per_sample_loss(batch, draw)
-            totals += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
-    total, count = accelerator.reduce(totals, "sum").tolist()
-    return total / count
-
-
-def validate(state: State) -> None:
-    """Logs the validation loss, the alphas of each layer, and music for the first validation rows."""
-    accelerator, step = state.accelerator, state.position.step
-    state.objective.eval()
-    figures = {"validation_loss": validation_loss(state)}
-    figures |= {f"alpha/{layer:02d}": alpha for layer, alpha in enumerate(state.pipe.synapse.alphas.tolist())}
-    accelerator.log(figures, step=step)
-    accelerator.print(f"step {step}: validation loss {figures['validation_loss']:.5f}")
-    for index, row in enumerate(islice(state.validation_rows, state.args.num_validation_samples)):
-        generate_sample(state, index, row)
-    state.objective.train()
-
-
-def generate_sample(state: State, index: int, row: dict) -> None:
-    """Makes music for a validation row; writes and logs it with its mel spectrogram."""
-    pipe, args, step = state.pipe, state.args, state.position.step
-    with state.accelerator.autocast():
-        mel_spectrogram = pipe(
-            open_image(Path(row["image"])),
-            row["caption"],
-            audio_length_in_s=args.audio_length_in_s,
-            num_inversion_steps=args.num_inversion_steps,
-            image_size=args.resolution,
-            generator=torch.Generator().manual_seed(args.seed),
-            output_type="mel",
-        ).audios
-        waveform = pipe.mel_spectrogram_to_waveform(mel_spectrogram)[0]
-    if not state.accelerator.is_main_process:
-        return
-    folder = args.output_dir / "validation" / f"step-{step}"
-    folder.mkdir(parents=True, exist_ok=True)
-    figure = plot_mel_spectrogram(mel_spectrogram[0], title=row["caption"])
-    figure.savefig(folder / f"{index}.png")
-    save_audio(folder / f"{index}.wav", waveform, pipe.sampling_rate)
-    for tracker in state.accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_audio(f"audio/{index}", waveform, step, pipe.sampling_rate)
-            tracker.writer.add_figure(f"mel/{index}", figure, step)
 
 
 # ---------------------------------------- publishing

@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import train_arguments
 import train_melfusion
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import assert_near, generator, photograph
+from diffusers.optimization import get_scheduler
 from full_disk import contents, on_a_full_disk
 from processes import start_anew
+from train_checkpoints import list_checkpoints
 from untrained import untrained_components
 
 from melfusion_pipeline import MelFusionPipeline
@@ -58,6 +61,7 @@ def arguments(workspace: Path, output: Path, **flags) -> list[str]:
         "num_inversion_steps": 3,
         "trajectory_cache": workspace / "trajectories",
         "report_to": "none",
+        "dataloader_num_workers": 0,
         **flags,
     }
     texts = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in flags.items()]
@@ -66,8 +70,7 @@ def arguments(workspace: Path, output: Path, **flags) -> list[str]:
 
 def train(workspace: Path, output: Path, **flags) -> list[float]:
     """Trains in this process and gives the losses; a flag that is "" is left out."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    reset_accelerate()
     given = arguments(workspace, output, **flags)
     while "" in given:
         del given[given.index("") - 1 : given.index("") + 1]
@@ -156,6 +159,8 @@ WRONG = {
     "dropout": ({"text_dropout": 1.5}, r"--text_dropout must lie in \[0, 1\]"),
     "resume": ({"resume_from_checkpoint": "nowhere"}, "neither a folder nor 'latest'"),
     "train": ({"train": "vae"}, "invalid choice"),
+    "scheduler": ({"lr_scheduler": "piecewise_constant"}, "invalid choice: 'piecewise_constant'"),
+    "workers": ({"dataloader_num_workers": -1}, "--dataloader_num_workers must be 0 or above"),
 }
 
 
@@ -170,6 +175,100 @@ def test_wrong_flags_are_refused_before_anything_loads(workspace, tmp_path, caps
     error = " ".join(capsys.readouterr().err.split())
     assert re.search(message, error), error
     assert not (tmp_path / "out").exists()
+
+
+def reset_accelerate() -> None:
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def test_a_folder_with_a_name_of_its_own_is_no_checkpoint(workspace, tmp_path):
+    for name in ("checkpoint-best", "checkpoint-10-copy"):
+        (tmp_path / name).mkdir()
+    assert len(train(workspace, tmp_path, max_train_steps=2, resume_from_checkpoint="latest")) == 2
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 3
+
+
+def test_a_piece_of_validation_that_fails_ends_no_training(workspace, tmp_path, capsys):
+    """The music autoencoder encodes as before, but decodes to NaN."""
+    pipe = MelFusionPipeline.from_pretrained(workspace / "pipeline")
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.fill_(torch.nan)
+    pipe.save_pretrained(tmp_path / "broken")
+    flags = {"pretrained_model_name_or_path": tmp_path / "broken", "validation_data": workspace / "train.jsonl"}
+    train(workspace, tmp_path / "out", max_train_steps=2, validation_steps=1, num_validation_samples=1, **flags)
+    output = capsys.readouterr().out
+    assert output.count("no music for validation row 0") == 2 and "NaN" in output
+    assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+def validation_losses(output: str) -> list[float]:
+    return [float(found) for found in re.findall(r"validation loss (\S+)", output)]
+
+
+def test_validation_measures_the_weights_that_are_published(workspace, tmp_path, capsys):
+    flags = {"validation_data": workspace / "train.jsonl", "num_validation_samples": 0, "synapse_learning_rate": 0.3}
+    train(workspace, tmp_path / "ema", use_ema=True, **flags)
+    train(workspace, tmp_path / "raw", **flags)
+    # As good as no training: the loss of the weights that the first run published.
+    flags |= {"pretrained_model_name_or_path": tmp_path / "ema", "synapse_learning_rate": 1e-12}
+    train(workspace, tmp_path / "again", max_train_steps=1, **flags)
+    averaged, raw, published = validation_losses(capsys.readouterr().out)
+    assert abs(averaged - published) < 2e-5 < abs(raw - published) / 10
+
+
+def test_a_step_that_overflows_moves_neither_schedule_nor_average_nor_position(workspace, tmp_path, capsys):
+    """float16 needs a GPU, what scales its gradients does not; here the first gradient of the alphas is infinite."""
+    flags = {"use_ema": True, "lr_scheduler": "linear", "max_train_steps": 2}
+    args = train_arguments.parse_arguments("", arguments(workspace, tmp_path, **flags))
+    reset_accelerate()
+    accelerator = train_melfusion.make_accelerator(args)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    state = train_melfusion.set_up(args, accelerator)
+    alphas, seen = state.pipe.synapse.alphas, []
+    before = alphas.clone()
+
+    def overflow_once(gradient: torch.Tensor) -> torch.Tensor:
+        counts = (state.position.step, state.ema.optimization_step, state.lr_scheduler.last_epoch)
+        seen.append((counts, torch.equal(alphas, before)))
+        return gradient * (torch.inf if len(seen) == 1 else 1.0)
+
+    alphas.register_hook(overflow_once)
+    train_melfusion.train(state)
+    assert seen == [((0, 0, 0), True), ((0, 0, 0), True), ((1, 1, 1), False)]
+    assert [json.loads(line)["step"] for line in (tmp_path / "losses.jsonl").read_text().splitlines()] == [1, 2]
+    assert "step 1: float16 overflowed; taken anew with scale 32768" in capsys.readouterr().out
+    accelerator.scaler.update(train_melfusion.SMALLEST_LOSS_SCALE / 2)
+    with pytest.raises(FloatingPointError, match="lower --learning_rate"):
+        train_melfusion.tell_overflow(state)
+
+
+@pytest.mark.parametrize("name", train_arguments.LR_SCHEDULERS)
+def test_every_schedule_that_is_offered_can_be_made(name):
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=4)
+    optimizer.step()
+    schedule.step()
+    assert np.isfinite(schedule.get_last_lr()).all()
+
+
+def test_precision_is_that_of_the_launch_unless_the_command_says_otherwise(workspace, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", os.environ.get("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"))
+    precision = torch.get_float32_matmul_precision()
+    try:
+        for flags, expected in (
+            ({}, ("bf16", precision)),
+            ({"mixed_precision": "no", "allow_tf32": True}, ("no", "high")),
+        ):
+            args = train_arguments.parse_arguments("", arguments(workspace, tmp_path, **flags))
+            reset_accelerate()
+            accelerator = train_melfusion.make_accelerator(args)
+            assert (accelerator.mixed_precision, torch.get_float32_matmul_precision()) == expected
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        reset_accelerate()
 
 
 def train_forever(workspace: Path, output: Path, flags: dict) -> None:
@@ -192,7 +291,7 @@ def test_sigkill_at_a_random_moment_loses_nothing(workspace, tmp_path, kills):
             target=train_forever, args=(workspace, output, {**flags, "resume_from_checkpoint": "latest"})
         )
         process.start()
-        goal = len(train_melfusion.list_checkpoints(output)) and latest_step(output)
+        goal = len(list_checkpoints(output)) and latest_step(output)
         seen = {}
         while process.is_alive() and latest_step(output) < goal + 2:
             seen.setdefault(latest_step(output), time.monotonic())
@@ -235,7 +334,7 @@ def test_a_full_disk_spares_the_checkpoints_and_the_pipeline_that_were_there(wor
 
 
 def latest_step(output: Path) -> int:
-    checkpoints = train_melfusion.list_checkpoints(output)
+    checkpoints = list_checkpoints(output)
     return int(checkpoints[-1].name.rpartition("-")[2]) if checkpoints else 0
 
 

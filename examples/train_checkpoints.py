@@ -1,0 +1,97 @@
+"""The checkpoints of `train_melfusion.py`: complete or absent, and all processes go on from the same one."""
+
+import argparse
+import os
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from diffusers.training_utils import EMAModel
+from torch.distributed.tensor import DTensor, distribute_tensor
+from train_state import State, whole
+
+
+class EMA(EMAModel):
+    """diffusers' moving average of the weights; in checkpoints it is whole, also where FSDP shards the weights."""
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"shadow_params": [whole(tensor).cpu() for tensor in self.shadow_params]}
+
+    def load_state_dict(self, state: dict) -> None:
+        shards = self.shadow_params
+        super().load_state_dict(state)
+        self.shadow_params = [laid_out_as(shard, own) for shard, own in zip(self.shadow_params, shards, strict=True)]
+
+
+def laid_out_as(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Moves a tensor to the device of another, and shards it as that is."""
+    tensor = tensor.to(other.device)
+    return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Lists complete checkpoints, oldest first; a copy with a name of its own, such as `checkpoint-best`, is none."""
+    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*")}
+    return sorted((path for path in steps if steps[path]), key=lambda path: int(steps[path][1]))
+
+
+def save_checkpoint(state: State) -> None:
+    """Writes a checkpoint beside its final name, then renames it: a kill leaves the previous ones as they were."""
+    accelerator, output_dir = state.accelerator, state.args.output_dir
+    final = output_dir / f"checkpoint-{state.position.step}"
+    partial = output_dir / f".partial-{final.name}"
+    # By all processes, here and at the end: machines may have disks of their own.
+    shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(partial))
+    except BaseException:
+        # Half a checkpoint is of no use, and a full disk stays full while it lies there.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        limit = state.args.checkpoints_total_limit
+        for old in list_checkpoints(output_dir)[:-limit] if limit else []:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path | None:
+    """Finds what to go on from: the main process chooses, and all others must have that folder too.
+
+    Raises:
+        ValueError: On all processes, if it is missing on one: they would train different weights.
+    """
+    source = args.resume_from_checkpoint
+    chosen = [Path(source) if source != "latest" else next(reversed(list_checkpoints(args.output_dir)), None)]
+    broadcast_object_list(chosen)
+    (checkpoint,) = chosen
+    found = checkpoint is None or checkpoint.is_dir()
+    place = f"process {accelerator.process_index} on {socket.gethostname()}"
+    lacking = gather_object([] if found else [place])
+    if lacking:
+        raise ValueError(
+            f"The main process resumes from {checkpoint}, which is missing for {', '.join(lacking)}: give --output_dir"
+            " a disk that all machines share, or copy this folder to them."
+        )
+    return checkpoint
+
+
+def resume(state: State) -> None:
+    args, accelerator = state.args, state.accelerator
+    if args.resume_from_checkpoint is None:
+        return
+    checkpoint = find_checkpoint(args, accelerator)
+    if checkpoint is None:
+        accelerator.print("No checkpoint to resume from: training starts anew.")
+        return
+    accelerator.load_state(str(checkpoint))
+    accelerator.print(f"Resumed at step {state.position.step}.")

@@ -1,0 +1,112 @@
+"""What `train_melfusion.py` says of its weights on the way: validation loss, alphas, and music to listen to."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate.utils import send_to_device
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import default_collate
+from train_data import reader
+from train_state import State, whole
+
+from melfusion_pipeline.audio import save_audio
+from melfusion_pipeline.data import open_image
+from melfusion_pipeline.plotting import plot_mel_spectrogram
+
+# The validation loss is the mean over this many fixed draws of timestep and noise a row.
+VALIDATION_DRAWS = 4
+VALIDATION_BATCH_SIZE = 4
+
+
+@contextmanager
+def published_weights(state: State) -> Iterator[None]:
+    """Holds the weights that will be published: the moving average where there is one, whole where FSDP shards."""
+    parameters, objective = list(state.bare_objective.trained.parameters()), state.objective
+    objective.eval()
+    if state.ema is not None:
+        state.ema.store(parameters)
+        state.ema.copy_to(parameters)
+    if isinstance(objective, FSDPModule):
+        # The pipeline calls the UNet, not the objective whose forward would gather what no block holds.
+        objective.unshard()
+    try:
+        yield
+    finally:
+        if isinstance(objective, FSDPModule):
+            objective.reshard()
+        if state.ema is not None:
+            state.ema.restore(parameters)
+        objective.train()
+
+
+@torch.no_grad()
+def validation_loss(state: State) -> float:
+    """The mean loss over the validation rows, nothing dropped, on fixed timesteps and noise."""
+    accelerator, objective = state.accelerator, state.bare_objective
+    read = functools.partial(reader(state.args.validation_data, state.args), random_image_crops=False)
+    totals = torch.zeros(2, device=accelerator.device)
+    rows = iter(state.validation_rows)
+    while shared := list(islice(rows, VALIDATION_BATCH_SIZE * accelerator.num_processes)):
+        own = shared[accelerator.process_index :: accelerator.num_processes]
+        # Where FSDP shards the weights every process takes part in every pass: one without rows repeats the first.
+        batch = send_to_device(default_collate([read(row) for row in own or shared[:1]]), accelerator.device)
+        for draw in range(VALIDATION_DRAWS):
+            with accelerator.autocast():
+                losses = objective.per_sample_loss(batch, draw)
+            if own:
+                totals += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
+    total, count = accelerator.reduce(totals, "sum").tolist()
+    return total / count
+
+
+def validate(state: State) -> None:
+    """Logs the validation loss, the alphas of each layer, and music for the first validation rows."""
+    accelerator, step = state.accelerator, state.position.step
+    with published_weights(state):
+        figures = {"validation_loss": validation_loss(state)}
+        alphas = whole(state.pipe.synapse.alphas).tolist()
+        figures |= {f"alpha/{layer:02d}": alpha for layer, alpha in enumerate(alphas)}
+        accelerator.log(figures, step=step)
+        accelerator.print(f"step {step}: validation loss {figures['validation_loss']:.5f}")
+        for index, row in enumerate(islice(state.validation_rows, state.args.num_validation_samples)):
+            try:
+                generate_sample(state, index, row)
+            except FloatingPointError as error:
+                # Days of training are worth more than this piece; the weights may recover, and the loss tells.
+                accelerator.print(f"step {step}: no music for validation row {index}: {error}")
+                accelerator.log({f"audio_failed/{index}": 1}, step=step)
+
+
+def generate_sample(state: State, index: int, row: dict) -> None:
+    """Makes music for a validation row; writes and logs it with its mel spectrogram.
+
+    Raises:
+        FloatingPointError: If the weights lead to NaN or infinity.
+    """
+    pipe, args, step = state.pipe, state.args, state.position.step
+    with state.accelerator.autocast():
+        mel_spectrogram = pipe(
+            open_image(Path(row["image"])),
+            row["caption"],
+            audio_length_in_s=args.audio_length_in_s,
+            num_inversion_steps=args.num_inversion_steps,
+            image_size=args.resolution,
+            generator=torch.Generator().manual_seed(args.seed),
+            output_type="mel",
+        ).audios
+        waveform = pipe.mel_spectrogram_to_waveform(mel_spectrogram)[0]
+    if not state.accelerator.is_main_process:
+        return
+    folder = args.output_dir / "validation" / f"step-{step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    figure = plot_mel_spectrogram(mel_spectrogram[0], title=row["caption"])
+    figure.savefig(folder / f"{index}.png")
+    save_audio(folder / f"{index}.wav", waveform, pipe.sampling_rate)
+    for tracker in state.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_audio(f"audio/{index}", waveform, step, pipe.sampling_rate)
+            tracker.writer.add_figure(f"mel/{index}", figure, step)

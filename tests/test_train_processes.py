@@ -1,0 +1,132 @@
+"""`examples/train_melfusion.py` on two processes (gloo): what one process alone cannot get wrong."""
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import train_melfusion
+from accelerate import DistributedType, PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from conftest import assert_near
+from processes import start, start_anew
+from test_train_melfusion import arguments, losses, train, workspace  # noqa: F401 - a fixture
+
+from melfusion_pipeline import MelFusionPipeline
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate"
+
+
+def on_two_processes(folder: Path, train, seconds: float = 240, **environment: str) -> list[tuple[int, str]]:
+    """Calls `train(rank)` in two copies of this process that find each other, and gives exit status and output."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= environment or {"ACCELERATE_USE_CPU": "true"}
+
+    def started(rank: int):
+        def code() -> None:
+            os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+            if "ACCELERATE_USE_FSDP" in shared:
+                shard_on_the_cpu()
+            train(rank)
+
+        return start(code, folder / f"output-{rank}.txt")
+
+    processes = [started(rank) for rank in range(2)]
+    for process in processes:
+        process.join(seconds)
+    still = [process for process in processes if process.is_alive()]
+    for process in still:
+        process.kill()
+        process.join()
+    outputs = [(folder / f"output-{rank}.txt").read_text() for rank in range(2)]
+    assert not still, "a process waits for the other: " + "\n".join(outputs)
+    return [(process.exitcode, output) for process, output in zip(processes, outputs)]
+
+
+def shard_on_the_cpu() -> None:
+    """accelerate shards only where it finds several GPUs. The processors become these here; what shards is torch's."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+
+
+def environment_of(config: str, *flags: str) -> dict[str, str]:
+    """What `accelerate launch` sets for the scripts that it starts with one of our files."""
+    command = ["--config_file", str(CONFIGS / config), "--num_processes", "2", *flags, "script.py"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
+    return {name: value for name, value in prepare_multi_gpu_env(args).items() if os.environ.get(name) != value}
+
+
+def trained_weights(folder: Path) -> torch.Tensor:
+    """All but those that the normalisation behind them takes out again: AdamW follows the rounding of no gradient."""
+    pipe = MelFusionPipeline.from_pretrained(folder)
+    groups = pipe.unet.config.norm_num_groups
+
+    def is_felt(name: str, parameter: torch.Tensor) -> bool:
+        is_shift = "resnets" in name and (
+            name.endswith(("conv1.bias", "conv2.bias", "shortcut.bias")) or "time" in name
+        )
+        return not is_shift or len(parameter) != groups
+
+    named = [*pipe.synapse.named_parameters(), *pipe.unet.named_parameters()]
+    return torch.cat([parameter.flatten() for name, parameter in named if is_felt(name, parameter)])
+
+
+def test_all_processes_resume_where_the_main_one_does(workspace, tmp_path):  # noqa: F811
+    """Each has a disk of its own, on which it stands in the folder `out`."""
+    disks = [tmp_path / "disk-0", tmp_path / "disk-1"]
+    whole = train(workspace, tmp_path / "whole")
+    train(workspace, disks[0] / "out", max_train_steps=3)
+
+    def run(rank: int) -> None:
+        os.chdir(disks[rank])
+        flags = {"train_batch_size": 2, "resume_from_checkpoint": "latest"}
+        train_melfusion.main(arguments(workspace, Path("out"), **flags))
+
+    disks[1].mkdir()
+    for status, output in on_two_processes(tmp_path, run):
+        assert status == 1 and "checkpoint-3, which is missing for process 1 on" in output, output
+    # The other process has gone further, and its own latest checkpoint is another.
+    shutil.copytree(disks[0] / "out", disks[1] / "out", dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-6", disks[1] / "out" / "checkpoint-6")
+    results = on_two_processes(tmp_path, run)
+    assert [status for status, _ in results] == [0, 0], results
+    assert_near(losses(disks[0] / "out"), whole, steps=100)
+    assert not list(tmp_path.glob("disk-*/out/.partial-*"))
+
+
+@pytest.mark.slow
+def test_fsdp2_trains_as_one_process(workspace, tmp_path):  # noqa: F811
+    """Losses, validation, the moving average, checkpoints and the pipeline that is published."""
+    flags = {"train": "unet", "use_ema": True, "validation_data": workspace / "train.jsonl"}
+    flags |= {"num_validation_samples": 1, "gradient_accumulation_steps": 1}
+    whole = train(workspace, tmp_path / "one", train_batch_size=4, **flags)
+    output = tmp_path / "two"
+
+    def run(rank: int) -> None:
+        train_melfusion.main(arguments(workspace, output, train_batch_size=2, **flags))
+        if rank == 0:
+            for name in ("checkpoint-6", "losses.jsonl", "model_index.json"):
+                os.rename(output / name, tmp_path / name)
+        start_anew()
+        resumed = {**flags, "resume_from_checkpoint": "latest"}
+        train_melfusion.main(arguments(workspace, output, train_batch_size=2, **resumed))
+
+    results = on_two_processes(tmp_path, run, **environment_of("fsdp.json", "--mixed_precision", "no"))
+    assert [status for status, _ in results] == [0, 0], results[0][1][-3000:] + results[1][1][-3000:]
+    assert (output / "checkpoint-3" / "pytorch_model_fsdp.bin").is_file(), "nothing was sharded"
+    first = [json.loads(line)["loss"] for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    assert_near(first, whole, steps=100)
+    assert "Resumed at step 3." in results[0][1]
+    assert_near(losses(output)[-3:], whole[3:], steps=100)
+    assert (trained_weights(output) - trained_weights(tmp_path / "one")).abs().max() < 1e-5
+    one, two = (soundfile.read(folder / "validation/step-6/0.wav")[0] for folder in (tmp_path / "one", output))
+    assert np.abs(one).max() > 0 and np.abs(one - two).max() < 1e-3
