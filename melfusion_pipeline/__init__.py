@@ -11,7 +11,9 @@
 | `melfusion_pipeline.inversion_melfusion` | DDIM inversion of a picture, recording its features |
 | `melfusion_pipeline.encoding_melfusion` | the pipeline's methods on the picture's side |
 | `melfusion_pipeline.windows_melfusion` | the time axis: windows over a long piece, and which picture each sees |
-| `melfusion_pipeline.decoding_melfusion` | from latents to a waveform, window by window |
+| `melfusion_pipeline.waveforms_melfusion` | from a waveform to its log-mel spectrogram: rate, level, bands |
+| `melfusion_pipeline.given_audio_melfusion` | music that is already there: stretches made anew, and their joins |
+| `melfusion_pipeline.decoding_melfusion` | between latents and waveforms, window by window |
 | `melfusion_pipeline.prompts_melfusion` | how a prompt becomes arguments of the music UNet |
 | `melfusion_pipeline.families_melfusion` | the same for AudioLDM 2 and for UNets with one text sequence |
 | `melfusion_pipeline.guidance_melfusion` | the guidance branches and how they are combined |

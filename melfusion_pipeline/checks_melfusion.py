@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DDIMInverseScheduler, DPMSolverMultistepInverseScheduler
+from diffusers import DDIMInverseScheduler, DPMSolverMultistepInverseScheduler, PNDMScheduler
 from diffusers.utils import logging
 
 from .features_melfusion import FEATURE_SOURCES, ImageFeatures
+from .given_audio_melfusion import as_stretches
+from .waveforms_melfusion import normalize_waveform
 
 logger = logging.get_logger(__name__)
 
@@ -54,6 +56,11 @@ def check_call(
     window_length_in_s: float | None,
     window_overlap: float,
     window_batch_size: int | None,
+    audio: torch.Tensor | None,
+    audio_sampling_rate: int | None,
+    strength: float | None,
+    mask_start_in_s: float | list[float] | None,
+    mask_end_in_s: float | list[float] | None,
     output_type: str,
     cross_attention_kwargs: dict[str, Any] | None,
     callback_on_step_end_tensor_inputs: list[str],
@@ -65,7 +72,9 @@ def check_call(
     with NaN; a picture beside features, or a prompt beside its embeddings; nothing to make music of; numbers of
     pictures, prompts, negative prompts or generators that do not fit together; features that another UNet recorded;
     components that do not belong together; windows that the UNet cannot take; a storyboard whose pictures do not
-    follow one another within the piece; a scheduler that does not step through the training's noise schedule.
+    follow one another within the piece; given music that is silent, too short, or of which nothing is to be made;
+    masks that are empty, overlap or lie outside of it; a scheduler that does not step through the training's noise
+    schedule.
 
     Args:
         pipe: The pipeline that is called.
@@ -76,6 +85,8 @@ def check_call(
         image_size, image_features, feature_source, num_inversion_steps: As in `__call__`.
         num_inference_steps, num_waveforms_per_prompt, eta, generator, latents: As in `__call__`.
         image_start_in_s, window_length_in_s, window_overlap, window_batch_size: As in `__call__`.
+        audio: What `as_waveforms` gives, `[pieces, samples]`, or None.
+        audio_sampling_rate, strength, mask_start_in_s, mask_end_in_s: As in `__call__`.
         output_type, cross_attention_kwargs: As in `__call__`.
         callback_on_step_end, callback_on_step_end_tensor_inputs: As in `__call__`.
 
@@ -87,6 +98,8 @@ def check_call(
         ValueError: If a value is out of range or contradicts another one. Either names argument, value and remedy.
     """
     check_components(pipe)
+    if audio is not None:
+        _check_audio(pipe, audio)
     _check_integer("num_inference_steps", num_inference_steps, 1, pipe.scheduler.config.num_train_timesteps)
     _check_integer("num_waveforms_per_prompt", num_waveforms_per_prompt, 1, MAX_WAVEFORMS_PER_PROMPT)
     _check_real("guidance_scale", guidance_scale)
@@ -134,6 +147,18 @@ def check_call(
     if image_start_in_s is not None:
         _check_storyboard(image_start_in_s, num_images, num_prompts, audio_length_in_s)
         num_pieces = 1
+    settings = {
+        "audio_sampling_rate": audio_sampling_rate,
+        "strength": strength,
+        "mask_start_in_s": mask_start_in_s,
+        "mask_end_in_s": mask_end_in_s,
+    }
+    if audio is None:
+        _check_no_audio(settings)
+    else:
+        num_pieces = _check_num_audios(len(audio), num_pieces, image_start_in_s is not None)
+        _check_strength(pipe, strength, num_inference_steps)
+        _check_masks(pipe, audio, audio_length_in_s, strength, mask_start_in_s, mask_end_in_s)
     batch_size = num_pieces * num_waveforms_per_prompt
     _check_generator(generator, batch_size)
     if latents is not None:
@@ -209,6 +234,93 @@ def _check_storyboard(image_start_in_s: Any, num_images: int, num_prompts: int, 
         raise ValueError(
             f"`image_start_in_s` makes one piece of {num_images} pictures, which cannot meet {num_prompts} prompts:"
             " pass one for the whole or one a picture, and call once for each further piece."
+        )
+
+
+def _check_no_audio(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        if value is not None:
+            raise ValueError(f"`{name}` is {value!r:.80}, but there is no music to use it on: pass `audio`.")
+
+
+def _check_num_audios(num_audios: int, num_pieces: int, is_storyboard: bool) -> int:
+    if num_audios > 1 and (is_storyboard or num_pieces not in (1, num_audios)):
+        raise ValueError(
+            f"`audio` holds {num_audios} pieces, which cannot meet {num_pieces} prompts, pictures or storyboards: pass"
+            " one piece, or one for each prompt or picture. Channels go into the last axis but one."
+        )
+    return max(num_audios, num_pieces)
+
+
+def _check_audio(pipe: Any, audio: torch.Tensor) -> None:
+    # Of one latent frame there is no neighbour, and reflection needs half an FFT.
+    shortest = max(pipe.config.spectrogram_fft_length, 2 * pipe._samples_per_latent_frame)
+    if audio.shape[-1] < shortest:
+        raise ValueError(
+            f"`audio` must last {shortest / pipe.sampling_rate:g} s at least, got {audio.shape[-1]} samples at"
+            f" {pipe.sampling_rate} Hz."
+        )
+    silent = (~normalize_waveform(audio).any(dim=-1)).nonzero()[:, 0].tolist()
+    if silent:
+        raise ValueError(f"`audio` is silent (piece {silent[0]}): leave it out to make music of the prompt alone.")
+
+
+def _check_strength(pipe: Any, strength: float | None, num_inference_steps: int) -> None:
+    if strength is None:
+        return
+    _check_real("strength", strength, 0.0, 1.0)
+    if int(num_inference_steps * strength) < 1:
+        raise ValueError(
+            f"`strength` is {strength}, of which `num_inference_steps` = {num_inference_steps} leaves no step: pass"
+            f" {1 / num_inference_steps:g} or more, or more steps."
+        )
+    if strength < 1.0 and isinstance(pipe.scheduler, PNDMScheduler) and not pipe.scheduler.config.skip_prk_steps:
+        raise ValueError(
+            f"`strength` is {strength}, but `scheduler` is a PNDMScheduler whose Runge-Kutta steps are its first: set"
+            " its `skip_prk_steps`, use another scheduler, or pass 1."
+        )
+
+
+def _check_masks(
+    pipe: Any,
+    audio: torch.Tensor,
+    audio_length_in_s: float,
+    strength: float | None,
+    mask_start_in_s: float | list[float] | None,
+    mask_end_in_s: float | list[float] | None,
+) -> None:
+    given_length_in_s, tolerance = audio.shape[-1] / pipe.sampling_rate, 0.5 / pipe.sampling_rate
+    goes_on = audio_length_in_s > given_length_in_s + tolerance
+    if audio_length_in_s < given_length_in_s - tolerance:
+        raise ValueError(
+            f"`audio_length_in_s` is {audio_length_in_s}, but `audio` lasts {given_length_in_s:g} s: cut it, or leave"
+            " `audio_length_in_s` None."
+        )
+    stretches = as_stretches(mask_start_in_s, mask_end_in_s, given_length_in_s)
+    for stretch in stretches:
+        for name, bound in zip(("mask_start_in_s", "mask_end_in_s"), stretch):
+            _check_real(name, bound)
+        start, end = stretch
+        if not -tolerance <= start < end - tolerance <= given_length_in_s:
+            raise ValueError(
+                f"`mask_start_in_s` and `mask_end_in_s` must ascend within `audio`, from 0 to {given_length_in_s:g} s,"
+                f" got {start} and {end}. What lies beyond comes of a longer `audio_length_in_s`."
+            )
+    for (_, end), (start, _) in pairwise(stretches):
+        if start < end:
+            raise ValueError(
+                f"The stretches of `mask_start_in_s` and `mask_end_in_s` must not overlap, and ascend, got one that"
+                f" ends at {end} s before one that begins at {start} s: sort them, or make them one."
+            )
+    if goes_on and strength not in (None, 1.0):
+        raise ValueError(
+            f"`strength` is {strength}, but `audio_length_in_s` goes on beyond `audio`, where there is nothing to"
+            " vary: leave it None, and vary in a call of its own."
+        )
+    if not (goes_on or stretches or strength is not None):
+        raise ValueError(
+            "`audio` alone says not what to make of it: pass `strength` for a variation, `mask_start_in_s` and"
+            " `mask_end_in_s` to make a stretch anew, or a longer `audio_length_in_s` to go on."
         )
 
 

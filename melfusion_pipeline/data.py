@@ -26,8 +26,9 @@ from diffusers.utils import logging
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
-from .audio import Spectrogram, load_audio, load_random_crop
+from .audio import load_audio, load_random_crop
 from .files_melfusion import atomic_write
+from .waveforms_melfusion import Spectrogram
 
 logger = logging.get_logger(__name__)
 

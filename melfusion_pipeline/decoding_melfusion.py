@@ -1,4 +1,4 @@
-"""From latents to a waveform, window by window, and how seconds become frames on the way."""
+"""Between latents and waveforms, window by window, and how seconds become frames on the way."""
 
 import inspect
 import math
@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import ModelMixin
 
+from .given_audio_melfusion import GivenAudio
+from .waveforms_melfusion import Spectrogram, log_mel_spectrogram, normalize_waveform, working_dtype
 from .windows_melfusion import Windows
 
 # Latent frames over which neighbouring decoded windows pass into each other, between their margins.
@@ -15,7 +18,7 @@ DECODER_FADE = 8
 
 
 class DecodingMixin:
-    """The methods of `MelFusionPipeline` that turn latents into a waveform; to be named before `DiffusionPipeline`."""
+    """The methods of `MelFusionPipeline` between latents and waveforms; to be named before `DiffusionPipeline`."""
 
     @property
     def sampling_rate(self) -> int:
@@ -30,6 +33,10 @@ class DecodingMixin:
     @property
     def _seconds_per_frame(self) -> float:
         return math.prod(self.vocoder.config.upsample_rates) / self.sampling_rate
+
+    @property
+    def _samples_per_latent_frame(self) -> int:
+        return self.vae_scale_factor * math.prod(self.vocoder.config.upsample_rates)
 
     def _num_frames(self, audio_length_in_s: float) -> int:
         # The rounding keeps 10.24 / 0.01 = 1024.0000000000001 from asking for one frame more.
@@ -56,6 +63,46 @@ class DecodingMixin:
     def _decoded_frames(self, num_frames: int, window_length_in_s: float | None) -> int:
         return max(self._own_frames(num_frames), self._window_frames(num_frames, window_length_in_s))
 
+    def _decoder_windows(self, num_frames: int, margin: int, window_length_in_s: float | None) -> Windows:
+        overlap = 2 * margin + DECODER_FADE
+        length = max(self._decoded_frames(num_frames, window_length_in_s), overlap + 2 * margin)
+        return Windows.lay_out(num_frames, length, overlap, margin)
+
+    @torch.no_grad()
+    def encode_audio(self, waveforms: torch.Tensor, window_length_in_s: float | None = None) -> torch.Tensor:
+        """Encodes waveforms to music latents: the mode of the VAE's posterior, scaled.
+
+        Like `decode_latents`, which goes the other way, it takes what is longer than a window in windows.
+
+        Args:
+            waveforms: `[batch, samples]` at `sampling_rate`, of any level; zeros fill the last latent frame.
+            window_length_in_s: As in `decode_latents`.
+
+        Returns:
+            `[batch, channels, time, frequency]`, in the dtype of `vae`.
+        """
+        device, hop, spectrogram = self._execution_device, self._samples_per_latent_frame, Spectrogram.of(self)
+        waveforms = normalize_waveform(waveforms.to(working_dtype(device)).to(device))
+        waveforms = F.pad(waveforms, (0, -waveforms.shape[-1] % hop)).unflatten(-1, (-1, hop))
+
+        def encode(window: torch.Tensor, _: int) -> torch.Tensor:
+            mel = log_mel_spectrogram(window.flatten(-2), spectrogram)[:, None]
+            return self.vae.encode(mel.to(self.vae.dtype)).latent_dist.mode() * self.vae.config.scaling_factor
+
+        margin = encoder_margin(self.vae) + math.ceil(spectrogram.fft_length / 2 / hop)
+        windows = self._decoder_windows(waveforms.shape[-2], margin, window_length_in_s)
+        return self._run_in_windows(encode, waveforms, windows, 1)
+
+    def _encode_given(self, given: GivenAudio, num_frames: int, window_length_in_s: float | None) -> torch.Tensor:
+        """Gives the latents of given music, `[pieces, channels, num_frames, frequency]`; behind its end anything."""
+        waveforms = given.waveforms
+        if given.goes_on:
+            # The encoder must not hear that the music stops: what goes on would begin with its end.
+            beyond = encoder_margin(self.vae) * self._samples_per_latent_frame
+            waveforms = F.pad(waveforms, (0, min(beyond, waveforms.shape[-1] - 1)), mode="reflect")
+        latents = self.encode_audio(waveforms, window_length_in_s)[..., :num_frames, :]
+        return F.pad(latents, (0, 0, 0, num_frames - latents.shape[-2]))
+
     def decode_latents(self, latents: torch.Tensor, window_length_in_s: float | None = None) -> torch.Tensor:
         """Decodes music latents to log-mel.
 
@@ -71,14 +118,12 @@ class DecodingMixin:
         Returns:
             `[batch, 1, frames, bands]`.
         """
-        num_frames, margin = latents.shape[-2], decoder_margin(self.vae)
-        overlap = 2 * margin + DECODER_FADE
-        length = max(self._decoded_frames(num_frames, window_length_in_s), overlap + 2 * margin)
+        windows = self._decoder_windows(latents.shape[-2], decoder_margin(self.vae), window_length_in_s)
         latents = 1 / self.vae.config.scaling_factor * latents.to(self._execution_device)
         return self._run_in_windows(
             lambda window, _: self.vae.decode(window.to(self.vae.dtype)).sample,
             latents,
-            Windows.lay_out(num_frames, length, overlap, margin),
+            windows,
             self.vae_scale_factor,
         )
 
@@ -156,6 +201,28 @@ def own_size(unet: ModelMixin, name: str, argument: str) -> int:
     if sample_size is None:
         raise ValueError(f"`{argument}` must be given: `{name}.config.sample_size` is None, so there is no default.")
     return sample_size if isinstance(sample_size, int) else sample_size[0]
+
+
+def encoder_margin(vae: Any) -> int:
+    """Counts the latent frames on either side that the convolutions of an `AutoencoderKL`'s encoder look at.
+
+    As `decoder_margin` does for its decoder.
+
+    Args:
+        vae: The `AutoencoderKL`.
+
+    Returns:
+        The latent frames.
+    """
+    scale = 2 ** (len(vae.encoder.down_blocks) - 1)
+    radius = 1 / scale
+    for block in vae.encoder.down_blocks:
+        radius += 2 * len(block.resnets) / scale
+        if block.downsamplers is not None:
+            # A stride of two with all padding on one side.
+            radius += 2 / scale
+            scale //= 2
+    return math.ceil(radius + 2 * len(vae.encoder.mid_block.resnets) + 1)
 
 
 def decoder_margin(vae: Any) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .audio import check_sampling_rate, check_waveform
+from .waveforms_melfusion import check_sampling_rate, check_waveform
 
 try:
     import librosa

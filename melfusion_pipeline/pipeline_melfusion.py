@@ -32,19 +32,27 @@ from transformers import (
 from .adapters_melfusion import AdapterMixin
 from .attention_melfusion import KVBlenders, use_attn_processors
 from .checkpoint_melfusion import CheckpointMixin
-from .checks_melfusion import check_branches, check_call, check_finite, warn_if_trained_otherwise
+from .checks_melfusion import (
+    MAX_AUDIO_LENGTH_IN_S,
+    check_branches,
+    check_call,
+    check_finite,
+    warn_if_trained_otherwise,
+)
 from .decoding_melfusion import DecodingMixin
 from .denoising_melfusion import NoisePredictor
 from .encoding_melfusion import EncodingMixin
 from .families_melfusion import AudioLDM2Prompts, TextPrompts, family_of_pipeline, text_tower
 from .features_melfusion import ImageFeatures
 from .files_melfusion import atomic_write  # noqa: F401 - remote code gets only the files that are named here
+from .given_audio_melfusion import GivenAudio, GivenLatents, as_stretches, as_waveforms, timesteps_from
 from .guidance_melfusion import Guidance, branch_alphas
 from .inversion_melfusion import record_image_features  # noqa: F401 - likewise
 from .locks_melfusion import ComponentLocks, one_at_a_time
 from .pictures_melfusion import Image, as_pil_images
 from .prompts_melfusion import ClapPrompts, repeat_prompts
 from .sources_melfusion import Source  # noqa: F401 - likewise
+from .waveforms_melfusion import Spectrogram  # noqa: F401 - likewise
 from .windows_melfusion import Windows
 
 # Rows of the music UNet's batch that windows fill by default: a processor gains nothing from more.
@@ -97,7 +105,7 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             one that `unet` names.
         spectrogram_fft_length: Of the spectrograms for which the VAE was made, in samples; like the following two it
             is stored, with AudioLDM's as the default. Their sampling rate, hop and number of bands are the vocoder's,
-            which could not differ: see `melfusion_pipeline.audio.Spectrogram.of`.
+            which could not differ: see `melfusion_pipeline.waveforms_melfusion.Spectrogram.of`.
         spectrogram_min_frequency: Where their lowest band begins, in Hz.
         spectrogram_max_frequency: Where their highest band ends, in Hz.
     """
@@ -286,6 +294,18 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
 
+    def _prepare_given(
+        self, given_audio: GivenAudio, scaled_noise: torch.Tensor, window_length_in_s: float | None
+    ) -> GivenLatents:
+        batch_size, _, num_frames, _ = scaled_noise.shape
+        latents = self._encode_given(given_audio, num_frames, window_length_in_s).to(scaled_noise.dtype)
+        check_finite("the VAE encoder", latents)
+        return GivenLatents(
+            latents.repeat_interleave(batch_size // len(latents), dim=0),
+            scaled_noise / self.scheduler.init_noise_sigma,
+            given_audio.anew(self._samples_per_latent_frame, num_frames),
+        )
+
     def _lay_out_windows(
         self,
         num_frames: int,
@@ -408,6 +428,11 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
         window_length_in_s: float | None = None,
         window_overlap: float = 0.25,
         window_batch_size: int | None = None,
+        audio: np.ndarray | torch.Tensor | None = None,
+        audio_sampling_rate: int | None = None,
+        strength: float | None = None,
+        mask_start_in_s: float | list[float] | None = None,
+        mask_end_in_s: float | list[float] | None = None,
         output_type: str = "np",
         return_dict: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
@@ -417,14 +442,15 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
         """Generates music.
 
         One picture serves N prompts, one prompt serves N pictures, N pictures meet N prompts. With `image_start_in_s`
-        the pictures follow one another in one piece.
+        the pictures follow one another in one piece. With `audio` it varies music that is there, makes stretches of it
+        anew, or goes on from it; all of that follows prompt and pictures.
 
         Args:
             image: PIL images, numpy arrays `[height, width]` (grey) or `[height, width, 1, 3 or 4]`, torch tensors
                 `[1, 3 or 4, height, width]`, batches or lists of them, uint8 or float in [0, 1]. None is plain
                 text-to-music.
             prompt: One text or a list. With a picture it may be left out.
-            audio_length_in_s: The length of the music in seconds. None is the UNet's own length.
+            audio_length_in_s: The length of the music in seconds. None is that of `audio`, or the UNet's own length.
             num_inference_steps: Denoising steps of the music. None is the checkpoint's default, as for the next four:
                 what it was evaluated with (`pipe.config.default_num_inference_steps`, ...).
             num_inversion_steps: Inversion steps of the picture; each music step uses the features nearest in time.
@@ -457,6 +483,16 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             window_overlap: The share of a window that its neighbour shares, in [0, 0.9].
             window_batch_size: How many windows go through the UNet at once. None: as many as fill its batch to 8 rows
                 on a CPU, to 32 elsewhere.
+            audio: Music that is there, `[samples]`, `[channels, samples]` or `[pieces, channels, samples]`, numpy or
+                torch, floating-point, of any level. Channels are averaged. One piece serves N prompts or pictures, N
+                pieces meet N of either. With an `audio_length_in_s` beyond it the music goes on from there.
+            audio_sampling_rate: The rate of `audio` in Hz; other rates than `pipe.sampling_rate` are resampled.
+            strength: How much of `audio` is forgotten, in (0, 1]: the share of the steps that are made, as in
+                image-to-image pipelines. At 1 the call is one without `audio`. With a mask None is 1.
+            mask_start_in_s: Where a stretch of `audio` begins that is made anew, in seconds, or a list for several.
+                None is 0 where `mask_end_in_s` is given. Around the stretches the waveforms are the given samples
+                (`"mel"` and `"latent"` hold what VAE and UNet make of them).
+            mask_end_in_s: Where it ends. None is the end of `audio` where `mask_start_in_s` is given.
             output_type: `"np"` or `"pt"` (waveforms), `"mel"` (log-mel spectrograms `[batch, frames, bands]`) or
                 `"latent"`.
             return_dict: Whether to return `AudioPipelineOutput` instead of a tuple.
@@ -496,8 +532,11 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
         if num_inversion_steps is None and image is not None:
             num_inversion_steps = self.default_num_inversion_steps
         images = None if image is None else as_pil_images(image)
+        if audio is not None:
+            audio = as_waveforms(audio, audio_sampling_rate, self.sampling_rate, MAX_AUDIO_LENGTH_IN_S)
         if audio_length_in_s is None:
-            audio_length_in_s = self.default_audio_length_in_s
+            given_length_in_s = None if audio is None else audio.shape[-1] / self.sampling_rate
+            audio_length_in_s = given_length_in_s or self.default_audio_length_in_s
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         num_prompts, num_images = self.check_inputs(
@@ -525,6 +564,11 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             window_length_in_s=window_length_in_s,
             window_overlap=window_overlap,
             window_batch_size=window_batch_size,
+            audio=audio,
+            audio_sampling_rate=audio_sampling_rate,
+            strength=strength,
+            mask_start_in_s=mask_start_in_s,
+            mask_end_in_s=mask_end_in_s,
             output_type=output_type,
             cross_attention_kwargs=cross_attention_kwargs,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
@@ -535,7 +579,8 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
         self._image_guidance_scale = None if image_guidance_scale == 1.0 else image_guidance_scale
         self._interrupt = False
         device = self._execution_device
-        num_pieces = max(num_prompts, num_images) if image_start_in_s is None else 1
+        num_audios = 1 if audio is None else len(audio)
+        num_pieces = max(num_prompts, num_images, num_audios) if image_start_in_s is None else 1
         batch_size = num_pieces * num_waveforms_per_prompt
 
         # 2. Encode the prompt
@@ -551,12 +596,20 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
 
         # 4. Prepare timesteps and latents
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps = self.scheduler.timesteps
+        strength = 1.0 if strength is None else strength
+        timesteps = timesteps_from(self.scheduler, num_inference_steps, strength)
         self._num_timesteps = len(timesteps)
         latents = self.prepare_latents(batch_size, audio_length_in_s, self.unet.dtype, device, generator, latents)
         step_parameters = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"eta": eta, "generator": generator}
         step_kwargs = {name: value for name, value in step_kwargs.items() if name in step_parameters}
+
+        given_audio, given_latents = None, None
+        if audio is not None:
+            stretches = as_stretches(mask_start_in_s, mask_end_in_s, audio.shape[-1] / self.sampling_rate)
+            given_audio = GivenAudio.of(audio, self.sampling_rate, stretches, audio_length_in_s)
+            given_latents = self._prepare_given(given_audio, latents, window_length_in_s)
+            latents = given_latents.begin(latents, self.scheduler, timesteps[:1], strength)
 
         # 5. Lay out the windows
         windows = self._lay_out_windows(latents.shape[-2], window_length_in_s, window_overlap, image_start_in_s)
@@ -564,6 +617,8 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             rows = ROWS_ON_CPU if device.type == "cpu" else ROWS_ON_ACCELERATOR
             window_batch_size = max(1, rows // (self.guidance.num_branches * batch_size))
         groups = list(windows.groups(window_batch_size))
+        if given_latents is not None:
+            groups = [group for group in groups if windows.cut(given_latents.anew[:, None], group).any()]
 
         # 6. Fit the picture's keys and values to a window; look up which recorded ones each step blends
         blenders, alphas, recorded = KVBlenders([]), latents.new_empty(0, 3), [{}] * len(timesteps)
@@ -596,6 +651,8 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
                 if self.interrupt:
                     break
                 latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs).prev_sample
+                if given_latents is not None:
+                    latents = given_latents.after_step(latents, self.scheduler, timesteps, i)
                 if callback_on_step_end is not None:
                     names = callback_on_step_end_tensor_inputs
                     latents, prompts, negative_prompts = self._call_back(
@@ -603,11 +660,13 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
                     )
 
         # 8. Decode
-        audio = self._decode(latents, output_type, audio_length_in_s, window_length_in_s).float().cpu()
+        made = self._decode(latents, output_type, audio_length_in_s, window_length_in_s).float().cpu()
+        if given_audio is not None and output_type in ("np", "pt"):
+            made = given_audio.join(made)
         if output_type == "np":
-            audio = audio.numpy()
+            made = made.numpy()
 
         self.maybe_free_model_hooks()
         if not return_dict:
-            return (audio,)
-        return AudioPipelineOutput(audios=audio)
+            return (made,)
+        return AudioPipelineOutput(audios=made)

@@ -19,10 +19,10 @@ import PIL.ImageOps
 import torch
 from diffusers.utils import logging
 
-from .audio import check_sampling_rate, check_waveform
 from .files_melfusion import atomic_write
 from .film import FRAME_RATE, Film, open_film, picture_stream
 from .pictures_melfusion import to_rgb
+from .waveforms_melfusion import check_sampling_rate, check_waveform
 
 try:
     import av

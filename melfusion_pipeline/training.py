@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .attention_melfusion import KVBlenders, use_attn_processors
-from .audio import Spectrogram, waveform_to_latents, waveform_to_mel
+from .audio import waveform_to_latents, waveform_to_mel
 from .families_melfusion import pad_texts, text_lengths
 from .files_melfusion import atomic_write
 from .inversion_melfusion import ddim_walk, inversion_grid, record_keys_and_values
+from .waveforms_melfusion import Spectrogram
 
 # What each choice trains; everything else of the pipeline is frozen.
 TRAINABLE = {"synapse": ("synapse",), "unet": ("synapse", "unet")}

@@ -186,6 +186,21 @@ def wrong_pictures() -> st.SearchStrategy:
     return st.one_of(arrays, levels, channels, kinds, oddities, st.integers())
 
 
+def wrong_audio() -> st.SearchStrategy:
+    kinds = [
+        torch.zeros(16000),
+        torch.ones(1, 16000),
+        GIVEN[:1],
+        GIVEN[:600],
+        GIVEN.int(),
+        GIVEN[:, None],
+        GIVEN * 1e39,
+    ]
+    kinds += [torch.full((16000,), math.nan), GIVEN.expand(2, 1, 16000), GIVEN[(None,) * 3], GIVEN[:0], GIVEN.tolist()]
+    return st.one_of(st.sampled_from(kinds), shapes.map(torch.zeros), oddities, st.text(max_size=4))
+
+
+GIVEN = torch.sin(torch.arange(16000) / 10)
 ONE_GENERATOR = torch.Generator()
 texts_of_other_number = st.lists(st.just("a"), min_size=2, max_size=4)
 # hypothesis draws words of the source too, and some of those are right.
@@ -225,6 +240,11 @@ BAD_ARGUMENTS = {
     "window_length_in_s": wrong_reals(0.319, 3600.0),
     "window_overlap": wrong_reals(0.0, 0.9) | st.none(),
     "window_batch_size": st.integers(max_value=0) | st.floats() | not_numbers,
+    "audio": wrong_audio(),
+    "audio_sampling_rate": wrong_integers(1, HUGE),
+    "strength": wrong_reals(0.02, 1.0),
+    "mask_start_in_s": wrong_reals(0.0, 0.999).filter(lambda value: value != []),
+    "mask_end_in_s": wrong_reals(0.001, 1.0).filter(lambda value: value != []),
     "output_type": choices,
     "cross_attention_kwargs": st.one_of(st.integers(), st.text(max_size=4), st.lists(st.integers(), max_size=2)),
     "callback_on_step_end": st.one_of(oddities, st.integers(), st.text(max_size=4)),
@@ -236,6 +256,7 @@ BAD_ARGUMENTS = {
         st.lists(st.integers(), min_size=1, max_size=2),
     ),
 }
+WITH_AUDIO = ("audio", "audio_sampling_rate", "strength", "mask_start_in_s", "mask_end_in_s")
 EXAMPLES_PER_ARGUMENT = 10
 
 
@@ -249,7 +270,7 @@ def strict_pipeline() -> MelFusionPipeline:
     for component in components.values():
         if isinstance(component, torch.nn.Module):
             component.register_forward_pre_hook(ran)
-    components["image_vae"].encode = components["vae"].decode = ran
+    components["image_vae"].encode = components["vae"].encode = components["vae"].decode = ran
     return MelFusionPipeline(**components)
 
 
@@ -259,6 +280,8 @@ def try_arguments(folder: Path) -> list[Outcome]:
     picture = PIL.Image.new("RGB", (8, 8), "red")
     for start, (argument, strategy) in enumerate(BAD_ARGUMENTS.items()):
         replaced = {"image_features": {"image": None}, "prompt_embeds": {"prompt": None}}.get(argument, {})
+        if argument in WITH_AUDIO:
+            replaced = {"audio": GIVEN, "audio_sampling_rate": 16000, "strength": 0.5}
         arguments = {"image": picture, "prompt": "a piano", **replaced}
 
         def attempt(value, argument=argument, arguments=arguments):

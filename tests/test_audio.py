@@ -20,12 +20,12 @@ from melfusion_pipeline.audio import (
     encode_mel,
     load_audio,
     log_mel_spectrogram,
-    mel_filters,
     normalize_waveform,
     resample,
     save_audio,
     waveform_to_latents,
 )
+from melfusion_pipeline.waveforms_melfusion import mel_filters
 
 
 def polyphonic_music(sampling_rate: int, seconds: float, seed: int = 0) -> np.ndarray:
@@ -122,7 +122,7 @@ def test_log_mel_is_differentiable():
 
 
 def test_log_mel_on_a_device_without_float64_and_under_autocast(monkeypatch):
-    monkeypatch.setattr("melfusion_pipeline.audio.working_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("melfusion_pipeline.waveforms_melfusion.working_dtype", lambda device: torch.float32)
     waveform = torch.from_numpy(polyphonic_music(16000, 2.0)).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         log_mel = log_mel_spectrogram(waveform)

@@ -16,10 +16,10 @@ from melfusion_pipeline.audio import (
     Spectrogram,
     load_random_crop,
     log_mel_spectrogram,
-    mel_filters,
     waveform_to_latents,
 )
 from melfusion_pipeline.training import MusicLatentCache
+from melfusion_pipeline.waveforms_melfusion import mel_filters
 
 # AudioLDM's at 48 kHz.
 NUMBERS = {"spectrogram_fft_length": 2048, "spectrogram_min_frequency": 20.0, "spectrogram_max_frequency": 24000.0}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from training_loop import Training, run, stage_parser
 
-from melfusion_pipeline.audio import MEL_FLOOR
+from melfusion_pipeline.waveforms_melfusion import MEL_FLOOR
 
 CROP_FRAMES = 128
 KL_WEIGHT = 1e-3

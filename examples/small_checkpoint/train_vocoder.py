@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from training_loop import Training, run, stage_parser
 
-from melfusion_pipeline.audio import log_mel_spectrogram, mel_filters
 from melfusion_pipeline.vocoder_melfusion import MusicVocoder
+from melfusion_pipeline.waveforms_melfusion import log_mel_spectrogram, mel_filters
 
 HOP = 160
 SEGMENT_FRAMES = 96

@@ -1,0 +1,1 @@
+../../melfusion_pipeline/given_audio_melfusion.py

@@ -1,0 +1,1 @@
+../../melfusion_pipeline/waveforms_melfusion.py

@@ -1,0 +1,290 @@
+"""Music that is already there: taking it in, which stretches of it are made anew, and how old and new are joined."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import PNDMScheduler
+
+from .waveforms_melfusion import PEAK, check_sampling_rate, check_waveform, resample
+
+# Over this time old and new pass into each other, inside of what is made anew.
+FADE_IN_S = 0.03
+# By so much of the given music beside a join the level of the new one is set, and by at most this factor.
+LEVEL_IN_S = 0.5
+MAX_LEVEL_CHANGE = 2.0
+
+
+def as_waveforms(
+    audio: np.ndarray | torch.Tensor, audio_sampling_rate: int | None, sampling_rate: int, max_length_in_s: float
+) -> torch.Tensor:
+    """Takes in what a user calls audio: mono, at the pipeline's rate.
+
+    Args:
+        audio: `[samples]`, `[channels, samples]` or `[pieces, channels, samples]`, floating-point. Channels are
+            averaged. Mono at `sampling_rate` stays as it is, bit for bit.
+        audio_sampling_rate: Its rate, in Hz.
+        sampling_rate: The pipeline's, in Hz.
+        max_length_in_s: What is longer is refused before it is resampled.
+
+    Returns:
+        float32 `[pieces, samples]`, on the CPU.
+
+    Raises:
+        TypeError: If `audio` is not a floating-point array or tensor.
+        ValueError: If it is empty, too long, not finite or of another shape, or its rate is missing or none.
+    """
+    if audio_sampling_rate is None:
+        raise ValueError(
+            "`audio_sampling_rate` must come with `audio`: its rate in Hz, `pipe.sampling_rate` for music of `pipe`."
+        )
+    check_sampling_rate(audio_sampling_rate, "audio_sampling_rate")
+    waveforms = check_waveform(audio, "audio").detach().cpu()
+    shape = list(waveforms.shape)
+    if waveforms.ndim > 3:
+        raise ValueError(f"`audio` must be [samples], [channels, samples] or a batch of these, got {shape}.")
+    waveforms = waveforms[(None,) * (3 - waveforms.ndim)]
+    if 1 < waveforms.shape[-1] < waveforms.shape[-2]:
+        raise ValueError(f"`audio` has more channels than samples: {shape}. Transpose it to [channels, samples].")
+    if waveforms.shape[-1] > max_length_in_s * audio_sampling_rate:
+        raise ValueError(
+            f"`audio` lasts {waveforms.shape[-1] / audio_sampling_rate:g} s, more than {max_length_in_s:g} s: cut it."
+        )
+    return resample(waveforms.double().mean(dim=1), audio_sampling_rate, sampling_rate).float()
+
+
+def as_stretches(
+    mask_start_in_s: float | list[float] | None, mask_end_in_s: float | list[float] | None, given_length_in_s: float
+) -> list[tuple[float, float]]:
+    """Pairs the starts and ends of masks.
+
+    Args:
+        mask_start_in_s: One number or a list, in seconds; None is the beginning of the given music.
+        mask_end_in_s: Likewise; None is its end.
+        given_length_in_s: The length of the given music, in seconds.
+
+    Returns:
+        `(start, end)` of each stretch; none if both are None.
+
+    Raises:
+        ValueError: If there are more of the one than of the other.
+    """
+    if mask_start_in_s is None and mask_end_in_s is None:
+        return []
+    starts, ends = (
+        list(bounds) if isinstance(bounds, (list, tuple, np.ndarray, torch.Tensor)) else [bounds]
+        for bounds in (
+            0.0 if mask_start_in_s is None else mask_start_in_s,
+            given_length_in_s if mask_end_in_s is None else mask_end_in_s,
+        )
+    )
+    if len(starts) != len(ends):
+        raise ValueError(
+            f"`mask_start_in_s` names {len(starts)} stretches and `mask_end_in_s` {len(ends)}: pass one of either for"
+            " each stretch."
+        )
+    return list(zip(starts, ends))
+
+
+@dataclass(frozen=True)
+class GivenAudio:
+    """Given music and the stretches of a piece that are made anew; without any, all of it is varied.
+
+    Args:
+        waveforms: float32 `[pieces, samples]`, as `as_waveforms` gives them.
+        sampling_rate: Their rate, in Hz.
+        num_samples: The length of the piece; beyond `waveforms` it goes on.
+        stretches: First sample and the one after the last of each stretch, ascending, none touching another.
+    """
+
+    waveforms: torch.Tensor
+    sampling_rate: int
+    num_samples: int
+    stretches: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(
+        cls, waveforms: torch.Tensor, sampling_rate: int, stretches: list[tuple[float, float]], length_in_s: float
+    ) -> "GivenAudio":
+        """Counts in samples what is given in seconds; what lies beyond the given music is a stretch too.
+
+        Args:
+            waveforms: See the class.
+            sampling_rate: See the class.
+            stretches: Start and end of each, in seconds, ascending.
+            length_in_s: The length of the piece, in seconds.
+
+        Returns:
+            The given music, stretches that touch made one.
+        """
+        given, num_samples = waveforms.shape[-1], round(length_in_s * sampling_rate)
+        bounds = [tuple(round(float(bound) * sampling_rate) for bound in stretch) for stretch in stretches]
+        bounds += [(given, num_samples)] * (num_samples > given)
+        merged = []
+        for first, last in bounds:
+            if merged and merged[-1][1] == first:
+                first = merged.pop()[0]
+            merged.append((first, min(last, num_samples)))
+        return cls(waveforms, sampling_rate, num_samples, tuple(merged))
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the piece is longer than what was given."""
+        return self.num_samples > self.waveforms.shape[-1]
+
+    def anew(self, samples_per_frame: int, num_frames: int) -> torch.Tensor:
+        """Tells which latent frames are made: those of which a stretch holds a part; all without stretches.
+
+        Args:
+            samples_per_frame: The samples of a latent frame.
+            num_frames: The latent frames of the piece.
+
+        Returns:
+            bool `[num_frames]`.
+        """
+        anew = torch.zeros(num_frames, dtype=torch.bool)
+        for first, last in self.stretches or [(0, num_frames * samples_per_frame)]:
+            anew[first // samples_per_frame : math.ceil(last / samples_per_frame)] = True
+        return anew
+
+    def join(self, made: torch.Tensor) -> torch.Tensor:
+        """Puts what was made at the level of the given music, and the given samples back around the stretches.
+
+        A stretch begins and ends with a short equal-power fade inside of it: from the samples that stood there, or,
+        where there were none, from the last ones before, backwards.
+
+        Args:
+            made: `[pieces * variations, samples]`, at AudioLDM's level.
+
+        Returns:
+            As `made`. Outside of the stretches it is the given samples, bit for bit.
+        """
+        given = self.waveforms.repeat_interleave(len(made) // len(self.waveforms), dim=0)
+        offset = given.mean(dim=-1, keepdim=True)
+        made = made * ((given - offset).abs().amax(dim=-1, keepdim=True) / PEAK) + offset
+        if not self.stretches:
+            return made
+        num_beyond = self.num_samples - given.shape[-1]
+        mirrored = min(num_beyond, round(FADE_IN_S * self.sampling_rate), given.shape[-1] - 1)
+        joined = F.pad(F.pad(given, (0, mirrored), mode="reflect"), (0, num_beyond - mirrored))
+        for index, (first, last) in enumerate(self.stretches):
+            angle = self._fade(first, last) * (math.pi / 2)
+            new = made[:, first:last] * self._gain(given, made, index)
+            joined[:, first:last] = joined[:, first:last] * angle.cos() + new * angle.sin()
+        return joined
+
+    def _fade(self, first: int, last: int) -> torch.Tensor:
+        """How far each sample of a stretch is from old (0) to new (1): `[last - first]`."""
+        length = min(round(FADE_IN_S * self.sampling_rate), max(1, (last - first) // 2))
+        samples = torch.arange(last - first)
+        begun = (samples + 0.5) / length if first > 0 else torch.ones(last - first)
+        left = (last - first - samples - 0.5) / length if last < self.num_samples else torch.ones(last - first)
+        return torch.minimum(begun, left).clamp(max=1)
+
+    def _gain(self, given: torch.Tensor, made: torch.Tensor, index: int) -> torch.Tensor:
+        """What brings a stretch to the level around it: from that of its beginning to that of its end, in decibels.
+
+        What was made also holds the given music beside the stretch, as VAE and vocoder pass it on: at a join, the two
+        levels are those of the same music.
+        """
+        first, last = self.stretches[index]
+        around = round(LEVEL_IN_S * self.sampling_rate)
+        before = self.stretches[index - 1][1] if index else 0
+        after = self.stretches[index + 1][0] if index + 1 < len(self.stretches) else given.shape[-1]
+        sides = [(max(before, first - around), first), (last, min(after, last + around))]
+        gains = [_level_ratio(given[:, a:b], made[:, a:b]).log() for a, b in sides if a < b]
+        if not gains:
+            return made.new_ones(1)
+        way = torch.linspace(0, 1, last - first)
+        return torch.lerp(gains[0], gains[-1], way).exp()
+
+
+def _level_ratio(given: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    """The level of given samples over that of made ones, `[pieces, 1]`; 1 where either is silent."""
+    levels = [samples.double().square().mean(dim=-1, keepdim=True).sqrt() for samples in (given, made)]
+    silent = torch.minimum(*levels) < 1e-4
+    ratio = torch.where(silent, 1.0, levels[0] / levels[1].clamp(min=1e-9))
+    return ratio.clamp(1 / MAX_LEVEL_CHANGE, MAX_LEVEL_CHANGE).to(made.dtype)
+
+
+@dataclass(frozen=True)
+class GivenLatents:
+    """The latents of given music through the steps of denoising.
+
+    Args:
+        latents: Those of the given music, without noise: `[waveforms, channels, time, frequency]`.
+        noise: The call's initial noise, unscaled, of the same shape.
+        anew: Which frames are made, bool `[time]`; the others are the given ones, at every noise level.
+    """
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    anew: torch.Tensor
+
+    def begin(
+        self, scaled_noise: torch.Tensor, scheduler: Any, timestep: torch.Tensor, strength: float
+    ) -> torch.Tensor:
+        """Gives the latents with which denoising begins.
+
+        Args:
+            scaled_noise: The noise at the scheduler's initial scale: what is made begins with it at strength 1.
+            scheduler: Its `add_noise` is used.
+            timestep: The first timestep, `[1]`.
+            strength: As in `__call__`.
+
+        Returns:
+            Latents of the first timestep, shaped as `scaled_noise`.
+        """
+        if strength == 1.0 and self.anew.all():
+            return scaled_noise
+        noised = scheduler.add_noise(self.latents, self.noise, timestep)
+        return noised if strength < 1.0 else self._hold(scaled_noise, noised)
+
+    def after_step(self, latents: torch.Tensor, scheduler: Any, timesteps: torch.Tensor, step: int) -> torch.Tensor:
+        """Puts the given music, noised for the next step, around what is made.
+
+        Args:
+            latents: What step number `step` gave.
+            scheduler: As in `begin`.
+            timesteps: Those of the call.
+            step: Counted from 0.
+
+        Returns:
+            As `latents`; around the stretches, those of the next timestep, and after the last step without noise.
+        """
+        # The first half of a step of second order leaves the latents between two noise levels.
+        if self.anew.all() or ((step + 1) % scheduler.order and step + 1 < len(timesteps)):
+            return latents
+        if step + 1 == len(timesteps):
+            return self._hold(latents, self.latents)
+        return self._hold(latents, scheduler.add_noise(self.latents, self.noise, timesteps[step + 1 : step + 2]))
+
+    def _hold(self, latents: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.anew[:, None].to(latents.device), latents, given)
+
+
+def timesteps_from(scheduler: Any, num_inference_steps: int, strength: float) -> torch.Tensor:
+    """Leaves out the first timesteps, as image-to-image pipelines of diffusers count them.
+
+    Args:
+        scheduler: Its timesteps are set.
+        num_inference_steps: Of a call without audio.
+        strength: The share of them that is left, rounded down.
+
+    Returns:
+        The timesteps of the call.
+    """
+    skipped = num_inference_steps - min(int(num_inference_steps * strength), num_inference_steps)
+    if not skipped:
+        return scheduler.timesteps
+    if isinstance(scheduler, PNDMScheduler):
+        # Wherever it begins, it takes its second timestep twice.
+        timesteps = scheduler.timesteps.unique().flip(0)[skipped:]
+        return torch.cat([timesteps[:2], timesteps[1:]])
+    first = skipped * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    return scheduler.timesteps[first:]
