@@ -1,6 +1,7 @@
 """The checkpoints of `train_melfusion.py`: complete or absent, and all processes go on from the same one."""
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,11 @@ from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from train_state import State, whole
 
+ARGUMENTS = "arguments.json"
+UNTOLD = {"output_dir", "resume_from_checkpoint"}
+# A checkpoint has other weights and averages than these describe, if they change.
+FIXED = ("train", "use_ema", "rank", "lora_alpha", "lora_targets")
+
 
 class EMA(EMAModel):
     """diffusers' moving average of the weights; in checkpoints it is whole, also where FSDP shards the weights."""
@@ -23,7 +29,8 @@ class EMA(EMAModel):
 
     def load_state_dict(self, state: dict) -> None:
         shards = self.shadow_params
-        super().load_state_dict(state)
+        # What the command says holds, not what it said when the checkpoint was written.
+        super().load_state_dict(state | {"decay": self.decay})
         self.shadow_params = [laid_out_as(shard, own) for shard, own in zip(self.shadow_params, shards, strict=True)]
 
 
@@ -49,6 +56,8 @@ def save_checkpoint(state: State) -> None:
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(partial))
+        if accelerator.is_main_process:
+            (partial / ARGUMENTS).write_text(json.dumps(describe_arguments(state), indent=2) + "\n")
     except BaseException:
         # Half a checkpoint is of no use, and a full disk stays full while it lies there.
         shutil.rmtree(partial, ignore_errors=True)
@@ -93,5 +102,46 @@ def resume(state: State) -> None:
     if checkpoint is None:
         accelerator.print("No checkpoint to resume from: training starts anew.")
         return
-    accelerator.load_state(str(checkpoint))
+    earlier = read_arguments(checkpoint)
+    changed = {name: value for name, value in describe_arguments(state).items() if earlier.get(name, value) != value}
+    if fixed := [f"--{name} {earlier[name]}" for name in FIXED if name in changed]:
+        raise ValueError(f"{checkpoint} was trained with {', '.join(fixed)}: give the same, or start anew.")
+    load_checkpoint(state, checkpoint)
+    if earlier:
+        keep_place(state, earlier)
     accelerator.print(f"Resumed at step {state.position.step}.")
+    for name in changed.keys() - UNTOLD:
+        accelerator.print(f"--{name} is {changed[name]} from here on, no longer {earlier[name]}.")
+    if state.position.step >= args.max_train_steps:
+        accelerator.print(f"Nothing is left to train: --max_train_steps is {args.max_train_steps}.")
+
+
+def describe_arguments(state: State) -> dict:
+    """The arguments of this training as JSON has them, with the number of processes."""
+    described = vars(state.args) | {"num_processes": state.accelerator.num_processes}
+    return json.loads(json.dumps(described, default=str))
+
+
+def read_arguments(checkpoint: Path) -> dict:
+    """Those that a checkpoint was written with; none of a checkpoint from before they were kept."""
+    path = checkpoint / ARGUMENTS
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def load_checkpoint(state: State, checkpoint: Path) -> None:
+    """Loads weights, moments, averages and position; rates and the other settings stay those of the command."""
+    optimizer, schedule = state.optimizer, state.lr_scheduler
+    settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
+    base_lrs = schedule.base_lrs
+    state.accelerator.load_state(str(checkpoint))
+    schedule.base_lrs = base_lrs
+    rates = [base * factor(schedule.last_epoch) for base, factor in zip(base_lrs, schedule.lr_lambdas)]
+    schedule._last_lr = rates
+    for group, own, rate in zip(optimizer.param_groups, settings, rates, strict=True):
+        group.update(own, lr=rate)
+
+
+def keep_place(state: State, earlier: dict) -> None:
+    """Counts the batches of the epoch anew if they have another size now: no row is left out, few are repeated."""
+    sizes = [each["train_batch_size"] * each["num_processes"] for each in (earlier, describe_arguments(state))]
+    state.position.batch = state.position.batch * sizes[0] // sizes[1]

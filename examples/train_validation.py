@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import default_collate
 from train_data import reader
@@ -20,6 +20,10 @@ from melfusion_pipeline.plotting import plot_mel_spectrogram
 # The validation loss is the mean over this many fixed draws of timestep and noise a row.
 VALIDATION_DRAWS = 4
 VALIDATION_BATCH_SIZE = 4
+# What a sample has of its picture.
+PICTURE = ("image_paths", "pixel_values")
+# The pictures with which a row's loss is computed, and how its mean is logged.
+COMPARED = {"its own": "", "another row's": "/another_picture", "none": "/no_picture"}
 
 
 @contextmanager
@@ -44,34 +48,61 @@ def published_weights(state: State) -> Iterator[None]:
 
 
 @torch.no_grad()
-def validation_loss(state: State) -> float:
-    """The mean loss over the validation rows, nothing dropped, on fixed timesteps and noise."""
-    accelerator, objective = state.accelerator, state.bare_objective
+def validation_losses(state: State) -> torch.Tensor:
+    """Gives the losses of all validation rows, nothing dropped, on fixed timesteps and noise.
+
+    Returns:
+        `[rows, 3]`: with the row's own picture, with that of the row before it, and with none; the same noise for all.
+    """
+    accelerator = state.accelerator
     read = functools.partial(reader(state.args.validation_data, state.args), random_image_crops=False)
-    totals = torch.zeros(2, device=accelerator.device)
+    losses, last = [], None
     rows = iter(state.validation_rows)
     while shared := list(islice(rows, VALIDATION_BATCH_SIZE * accelerator.num_processes)):
         own = shared[accelerator.process_index :: accelerator.num_processes]
         # Where FSDP shards the weights every process takes part in every pass: one without rows repeats the first.
-        batch = send_to_device(default_collate([read(row) for row in own or shared[:1]]), accelerator.device)
-        for draw in range(VALIDATION_DRAWS):
-            with accelerator.autocast():
-                losses = objective.per_sample_loss(batch, draw)
-            if own:
-                totals += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
-    total, count = accelerator.reduce(totals, "sum").tolist()
-    return total / count
+        samples = [read(row) for row in own or shared[:1]]
+        pictures = [{name: sample[name] for name in PICTURE if name in sample} for sample in samples]
+        others = [last or pictures[-1], *pictures[:-1]]
+        last = pictures[-1]
+        shuffled = [sample | other for sample, other in zip(samples, others)]
+        found = [mean_loss(state, samples), mean_loss(state, shuffled), mean_loss(state, samples, synapse_scale=0.0)]
+        losses += torch.stack(found, dim=1).tolist() if own else []
+    return torch.tensor(gather_object(losses), dtype=torch.float64)
+
+
+def mean_loss(state: State, samples: list[dict], synapse_scale: float = 1.0) -> torch.Tensor:
+    """Gives each row's loss, `[B]`, as the mean over the validation's draws."""
+    batch = send_to_device(default_collate(samples), state.accelerator.device)
+    with state.accelerator.autocast():
+        draws = [state.bare_objective.per_sample_loss(batch, draw, synapse_scale) for draw in range(VALIDATION_DRAWS)]
+    return torch.stack(draws).mean(dim=0)
+
+
+def compare_pictures(losses: torch.Tensor) -> tuple[dict[str, float], str]:
+    """Says what the picture does for the loss, of `validation_losses`: figures to log, and a table.
+
+    The interval of a difference is 1.96 standard errors over the rows.
+    """
+    figures, lines = {}, [f"{'picture':>14}      loss   above its own (95%)"]
+    for column, (name, tag) in enumerate(COMPARED.items()):
+        above = losses[:, column] - losses[:, 0]
+        error = 1.96 * above.std().item() / len(losses) ** 0.5
+        figures[f"validation_loss{tag}"] = losses[:, column].mean().item()
+        text = f"   {above.mean():+.5f} +- {error:.5f}" if column else ""
+        lines.append(f"{name:>14}   {losses[:, column].mean():.5f}{text}")
+    return figures, "\n".join(lines)
 
 
 def validate(state: State) -> None:
-    """Logs the validation loss, the alphas of each layer, and music for the first validation rows."""
+    """Logs the validation loss, what the picture does for it, the alphas, and music for the first validation rows."""
     accelerator, step = state.accelerator, state.position.step
     with published_weights(state):
-        figures = {"validation_loss": validation_loss(state)}
+        figures, table = compare_pictures(validation_losses(state))
         alphas = whole(state.pipe.synapse.alphas).tolist()
         figures |= {f"alpha/{layer:02d}": alpha for layer, alpha in enumerate(alphas)}
         accelerator.log(figures, step=step)
-        accelerator.print(f"step {step}: validation loss {figures['validation_loss']:.5f}")
+        accelerator.print(f"step {step}: validation loss {figures['validation_loss']:.5f}\n{table}")
         for index, row in enumerate(islice(state.validation_rows, state.args.num_validation_samples)):
             try:
                 generate_sample(state, index, row)

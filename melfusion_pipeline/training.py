@@ -403,13 +403,14 @@ class MelFusionObjective(nn.Module):
         """Gives the mean loss of a batch; its arguments are those of `per_sample_loss`."""
         return self.per_sample_loss(batch, step).mean()
 
-    def per_sample_loss(self, batch: dict, step: int) -> torch.Tensor:
+    def per_sample_loss(self, batch: dict, step: int, synapse_scale: float = 1.0) -> torch.Tensor:
         """Gives each row's loss; in eval mode nothing is dropped.
 
         Args:
             batch: `waveforms` `[B, samples]` at `pipe.sampling_rate`, `captions` (B texts), `indices` `[B]`, and
                 `image_paths` (with trajectories) or `pixel_values` `[B, 3, S, S]` in [-1, 1] (without).
             step: The optimisation step, which keys the randomness.
+            synapse_scale: Multiplies every alpha, as in a call of the pipeline; 0 takes the pictures away.
 
         Returns:
             `[B]`, float32.
@@ -426,7 +427,7 @@ class MelFusionObjective(nn.Module):
         timesteps = draw.timesteps.to(latents.device)
         noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)
         prompts = self.prompts.read(batch["captions"], draw.keeps_text)
-        self._read_image(batch, draw, latents.shape, prompts)
+        self._read_image(batch, draw, latents.shape, prompts, synapse_scale)
         dtype = self.unet.dtype
         arguments = {name: rows.to(latents.device, dtype) for name, rows in prompts.items()}
         arguments = {"encoder_hidden_states": None, **arguments}
@@ -467,7 +468,14 @@ class MelFusionObjective(nn.Module):
         timesteps = draw.timesteps.to(device)
         return scheduler.add_noise(latents, noise, timesteps), timesteps
 
-    def _read_image(self, batch: dict, draw: Draw, music_shape: torch.Size, prompts: dict[str, torch.Tensor]) -> None:
+    def _read_image(
+        self,
+        batch: dict,
+        draw: Draw,
+        music_shape: torch.Size,
+        prompts: dict[str, torch.Tensor],
+        synapse_scale: float,
+    ) -> None:
         synapse = self.trained["synapse"]
         with torch.no_grad():
             latents, timesteps = self._image_latents(batch, draw)
@@ -475,7 +483,7 @@ class MelFusionObjective(nn.Module):
             layers = self.pipe.synapse.config.image_layers
             recorded = record_keys_and_values(self.pipe.image_unet, latents, timesteps, prompt_embeds, layers)
         num_tokens = self.pipe.synapse.num_tokens(*music_shape[-2:], text_lengths(prompts))
-        keys, values, alphas = synapse(*recorded, num_tokens)
+        keys, values, alphas = synapse(*recorded, num_tokens, synapse_scale)
         kept = draw.keeps_image.to(alphas)
         self.blenders.read({layer: (keys[layer], values[layer]) for layer in keys}, alphas[:, None, None] * kept)
 

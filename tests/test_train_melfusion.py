@@ -16,13 +16,16 @@ import pytest
 import soundfile
 import torch
 import train_arguments
+import train_data
 import train_melfusion
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import assert_near, generator, photograph
 from diffusers.optimization import get_scheduler
 from full_disk import contents, on_a_full_disk
 from processes import start_anew
-from train_checkpoints import list_checkpoints
+from train_checkpoints import list_checkpoints, resume
+from train_state import State
+from train_validation import compare_pictures, validation_losses
 from untrained import untrained_components
 
 from melfusion_pipeline import MelFusionPipeline
@@ -203,10 +206,6 @@ def test_a_piece_of_validation_that_fails_ends_no_training(workspace, tmp_path, 
     assert (tmp_path / "out" / "model_index.json").is_file()
 
 
-def validation_losses(output: str) -> list[float]:
-    return [float(found) for found in re.findall(r"validation loss (\S+)", output)]
-
-
 def test_validation_measures_the_weights_that_are_published(workspace, tmp_path, capsys):
     flags = {"validation_data": workspace / "train.jsonl", "num_validation_samples": 0, "synapse_learning_rate": 0.3}
     train(workspace, tmp_path / "ema", use_ema=True, **flags)
@@ -214,7 +213,7 @@ def test_validation_measures_the_weights_that_are_published(workspace, tmp_path,
     # As good as no training: the loss of the weights that the first run published.
     flags |= {"pretrained_model_name_or_path": tmp_path / "ema", "synapse_learning_rate": 1e-12}
     train(workspace, tmp_path / "again", max_train_steps=1, **flags)
-    averaged, raw, published = validation_losses(capsys.readouterr().out)
+    averaged, raw, published = map(float, re.findall(r"validation loss (\S+)", capsys.readouterr().out))
     assert abs(averaged - published) < 2e-5 < abs(raw - published) / 10
 
 
@@ -269,6 +268,62 @@ def test_precision_is_that_of_the_launch_unless_the_command_says_otherwise(works
     finally:
         torch.set_float32_matmul_precision(precision)
         reset_accelerate()
+
+
+def set_up_again(workspace: Path, output: Path, **flags) -> State:
+    """The state of a training before its first step."""
+    reset_accelerate()
+    args = train_arguments.parse_arguments("", arguments(workspace, output, **flags))
+    return train_melfusion.set_up(args, train_melfusion.make_accelerator(args))
+
+
+def test_a_resumed_run_follows_its_own_command_and_says_so(workspace, tmp_path, capsys):
+    flags = {"use_ema": True, "lr_scheduler": "cosine", "train_batch_size": 4}
+    train(workspace, tmp_path, max_train_steps=3, **flags)
+    changed = {"max_train_steps": 6, "synapse_learning_rate": 0.02, "adam_beta2": 0.9, "ema_decay": 0.5}
+    changed |= {"train_batch_size": 2, "resume_from_checkpoint": "latest"}
+    state = set_up_again(workspace, tmp_path, **{**flags, **changed})
+    capsys.readouterr()
+    resume(state)
+    (group,) = state.optimizer.param_groups
+    # Three of six steps: the middle of the cosine.
+    assert group["lr"] == pytest.approx(0.01) and group["betas"] == (0.9, 0.9) and group["fused"]
+    assert state.ema.decay == 0.5 and state.ema.optimization_step == 3
+    # One batch of four into the second epoch.
+    assert (state.position.step, state.position.epoch, state.position.batch) == (3, 1, 2)
+    assert all(moments["step"] == 3 for moments in state.optimizer.state.values())
+    said = capsys.readouterr().out.splitlines()
+    assert "Resumed at step 3." in said and len(said) == 6
+    assert "--synapse_learning_rate is 0.02 from here on, no longer 0.001." in said
+    batches = train_data.endless_batches(state.loader, state.position, state.accelerator.device)
+    with state.bare_objective.attached():
+        train_melfusion.train_step(state, batches)
+    assert state.lr_scheduler.get_last_lr() == [pytest.approx(0.02 * (1 + np.cos(np.pi * 4 / 6)) / 2)]
+    with pytest.raises(ValueError, match="checkpoint-3 was trained with --use_ema True"):
+        resume(set_up_again(workspace, tmp_path, resume_from_checkpoint="latest"))
+
+
+def test_validation_shows_what_the_picture_does(workspace, tmp_path, capsys):
+    rows = (workspace / "train.jsonl").read_text().splitlines()
+    same = workspace / "same_picture.jsonl"
+    same.write_text("".join(re.sub(r'"image": "\d', '"image": "3', row) + "\n" for row in rows))
+    losses = {}
+    for name in ("train", "same_picture"):
+        state = set_up_again(workspace, tmp_path, validation_data=workspace / f"{name}.jsonl")
+        for alpha in (0.0, 0.5):
+            with torch.no_grad(), state.bare_objective.attached():
+                state.pipe.synapse.alphas.fill_(alpha)
+                losses[name, alpha] = validation_losses(state)
+    off, on = losses["train", 0.0], losses["train", 0.5]
+    assert off.shape == (8, 3) and torch.equal(off[:, 0], off[:, 1]) and torch.equal(off[:, 0], off[:, 2])
+    assert_near(on[:, 2].float(), off[:, 2].float())
+    assert (on[:, 0] - on[:, 2]).abs().mean() > 1e-4 < (on[:, 0] - on[:, 1]).abs().mean()
+    same_on = losses["same_picture", 0.5]
+    assert torch.equal(same_on[:, 0], same_on[:, 1]) and (same_on[:, 0] - same_on[:, 2]).abs().mean() > 1e-4
+    figures, table = compare_pictures(torch.tensor([[1.0, 1.5, 3.0], [2.0, 2.7, 4.0]]).double())
+    assert list(figures) == ["validation_loss", "validation_loss/another_picture", "validation_loss/no_picture"]
+    assert list(figures.values()) == pytest.approx([1.5, 2.1, 3.5])
+    assert "another row's   2.10000   +0.60000 +- 0.19600" in table and "none   3.50000   +2.00000 +- 0.00000" in table
 
 
 def train_forever(workspace: Path, output: Path, flags: dict) -> None:
