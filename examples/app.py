@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import app_given_audio
 import app_slideshow
 import gradio as gr
 import PIL.Image
@@ -232,7 +233,7 @@ def settings_inputs(pipe: MelFusionPipeline) -> list[gr.Slider]:
     ]
 
 
-def draw_tab(pipe: MelFusionPipeline, max_cached_bytes: int) -> None:
+def draw_tab(pipe: MelFusionPipeline, cache: FeatureCache) -> None:
     """Draws the tab for one picture and connects its button, within the page that is being built."""
     pictures = sorted((EXAMPLES / "images").glob("*.jpg"))
     with gr.Row():
@@ -271,7 +272,7 @@ def draw_tab(pipe: MelFusionPipeline, max_cached_bytes: int) -> None:
     picture.upload(lambda image: None, picture, None, **quietly).failure(lambda: None, None, picture, **quietly)
     gr.on(
         [button.click, prompt.submit],
-        responder(pipe, FeatureCache(pipe, max_cached_bytes)),
+        responder(pipe, cache),
         [picture, prompt, *settings],
         outputs,
         # A pipeline serves one caller at a time.
@@ -286,13 +287,18 @@ def draw_tab(pipe: MelFusionPipeline, max_cached_bytes: int) -> None:
 
 def build_app(pipe: MelFusionPipeline, max_cached_bytes: int = MAX_CACHED_BYTES) -> gr.Blocks:
     """Builds the page, its sliders at the checkpoint's defaults; `launch_app` starts it."""
-    forget = (60, KEPT_SECONDS)
+    forget, cache = (60, KEPT_SECONDS), FeatureCache(pipe, max_cached_bytes)
     with gr.Blocks(title="MeLFusion", analytics_enabled=False, delete_cache=forget) as app:
         gr.Markdown(INTRODUCTION)
         with gr.Tab("One picture"):
-            draw_tab(pipe, max_cached_bytes)
+            draw_tab(pipe, cache)
         with gr.Tab("A slide show"):
             app_slideshow.draw_tab(pipe, MAX_PIXELS, MAX_CHARACTERS, MAX_SEED, user_error)
+        with gr.Tab("Your own music"):
+            picture = PictureInput(
+                type="pil", image_mode=None, sources=["upload"], label="Picture for it", render=False
+            )
+            app_given_audio.draw_tab(pipe, cache, picture, MAX_CHARACTERS, MAX_SEED, user_error)
     return app.queue(max_size=MAX_QUEUE)
 
 

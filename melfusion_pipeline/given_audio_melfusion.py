@@ -113,7 +113,7 @@ class GivenAudio:
         """Counts in samples what is given in seconds; what lies beyond the given music is a stretch too.
 
         Args:
-            waveforms: See the class.
+            waveforms: `[pieces, samples]`, as in the class.
             sampling_rate: See the class.
             stretches: Start and end of each, in seconds, ascending.
             length_in_s: The length of the piece, in seconds.
@@ -276,7 +276,7 @@ def timesteps_from(scheduler: Any, num_inference_steps: int, strength: float) ->
         strength: The share of them that is left, rounded down.
 
     Returns:
-        The timesteps of the call.
+        The timesteps of the call, `[timesteps]`.
     """
     skipped = num_inference_steps - min(int(num_inference_steps * strength), num_inference_steps)
     if not skipped:

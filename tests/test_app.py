@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import app
+import app_given_audio
 import gradio as gr
 import gradio_client
 import httpx
@@ -18,6 +19,7 @@ import soundfile
 import torch
 from conftest import assert_near, photograph, wait_for
 from gradio.data_classes import ImageData
+from test_audio import polyphonic_music
 from untrained import untrained_components
 
 from melfusion_pipeline import MelFusionPipeline
@@ -193,6 +195,7 @@ def test_the_page_is_served_with_its_limits(served, pipe, tmp_path):
     assert list(sliders) == [
         *("Length (s)", "Steps", "Guidance", "Picture guidance", "Synapse scale", "Seed", "Variations"),
         "Seconds for each picture",
+        *("From (s)", "To (s)", "Until (s)", "Strength"),
     ]
     assert sliders["Length (s)"].value == 0.32 and sliders["Variations"].maximum == app.MAX_VARIATIONS
     config = httpx.get(f"{address}config").json()
@@ -201,8 +204,9 @@ def test_the_page_is_served_with_its_limits(served, pipe, tmp_path):
     (examples,) = [part["props"] for part in config["components"] if part["type"] == "dataset"]
     assert len(examples["samples"]) == len(list((ROOT / "examples" / "images").glob("*.jpg")))
     assert page._queue.max_size == app.MAX_QUEUE and page.delete_cache == (60, app.KEPT_SECONDS)
-    events = [function for function in page.fns.values() if function.api_name in ("make_music", "make_slideshow")]
-    assert len(events) == 2 and {(event.concurrency_limit, event.concurrency_id) for event in events} == {
+    names = ("make_music", "make_slideshow", "change_music")
+    events = [function for function in page.fns.values() if function.api_name in names]
+    assert len(events) == 3 and {(event.concurrency_limit, event.concurrency_id) for event in events} == {
         (1, "pipeline")
     }
 
@@ -260,6 +264,44 @@ def test_a_slide_show_is_made_over_http_in_the_order_of_the_files(served, pipe, 
     ):
         with pytest.raises(gradio_client.exceptions.AppError, match=message):
             make(*arguments.pop("names"), **arguments)
+
+
+def test_music_of_the_user_is_changed_over_http(served, pipe, tmp_path):
+    _, address = served
+    pipe.register_to_config(default_num_inference_steps=2)
+    given = polyphonic_music(16000, 1.2).astype(np.float32) / 3
+    soundfile.write(tmp_path / "song.wav", given, 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "long.flac", np.zeros(121 * 8000), 8000)
+    (tmp_path / "text.wav").write_text("no music")
+    photograph().save(tmp_path / "picture.png")
+    (tmp_path / "made").mkdir()
+    client = gradio_client.Client(address, verbose=False, download_files=tmp_path / "made")
+
+    def change(choice, name="song.wav", start=0.4, end=0.8, prompt="a harp"):
+        file = None if name is None else gradio_client.handle_file(tmp_path / name)
+        arguments = (file, choice, start, end, 2.0, 0.5, gradio_client.handle_file(tmp_path / "picture.png"), prompt)
+        changed, download, drawing = client.predict(*arguments, 3, api_name="/change_music")
+        assert Path(download["value"]).name == "song-3.wav" and PIL.Image.open(drawing["value"]).size == (880, 400)
+        return soundfile.read(changed, dtype="float32")[0]
+
+    anew = change(app_given_audio.ANEW)
+    assert len(anew) == 19200
+    # Written and read again with 16 bits.
+    differs = np.abs(anew - given) > 2**-15
+    assert differs[6400:12800].any() and not differs[:6400].any() and not differs[12800:].any()
+    longer = change(app_given_audio.GO_ON)
+    assert len(longer) == 32000 and np.abs(longer[:19200] - given).max() <= 2**-15 and longer[19200:].any()
+    varied = change(app_given_audio.VARY)
+    assert len(varied) == 19200 and np.abs(varied - given).max() > 0.01
+    for arguments, message in (
+        ({"name": None}, "There is no music to begin with"),
+        ({"name": "text.wav"}, "text.wav cannot be read as music"),
+        ({"name": "long.flac"}, "long.flac lasts 121 s, more than 120 s"),
+        ({"start": 0.8, "end": 0.4}, "must ascend within `audio`"),
+        ({"prompt": "a" * 301}, "longer than 300 characters"),
+    ):
+        with pytest.raises(gradio_client.exceptions.AppError, match=message):
+            change(app_given_audio.ANEW, **arguments)
 
 
 @pytest.fixture
@@ -458,3 +500,30 @@ def test_a_slide_show_is_made_and_watched_in_a_browser(running, browser, tmp_pat
     page.click("button", "Download MP4")
     (path,) = wait_for(lambda: set(page.downloads.glob("*.mp4")))
     assert read_film(path).duration == pytest.approx(15, abs=0.1)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width, height, name", [(1280, 900, "desktop"), (390, 844, "phone")])
+def test_a_stretch_of_music_is_marked_and_made_anew_in_a_browser(running, browser, tmp_path, width, height, name):
+    given = polyphonic_music(16000, 6.0).astype(np.float32) / 3
+    soundfile.write(tmp_path / "song.wav", given, 16000)
+    page = Page(browser, tmp_path)
+    page.resize(width, height, mobile=name == "phone")
+    browser.get(running)
+    page.click("button[role=tab]", "Your own music")
+    page.click("button", "Change the music")
+    page.wait_for_message("There is no music to begin with")
+    music = "input[type=file][accept*=audio]"
+    wait_for(lambda: browser.find_elements("css selector", music))
+    browser.find_element("css selector", music).send_keys(str(tmp_path / "song.wav"))
+    wait_for(lambda: [slider.get_attribute("value") for slider in page.find("input[type=range]")][:2] == ["2", "4"])
+    (sentence,) = page.find("textarea")
+    sentence.send_keys("a waltz for piano")
+    page.click("button", "Change the music")
+    wait_for(lambda: page.find("button", "Download WAV"))
+    assert page.fits()
+    page.photograph(f"{name}_own_music", position=0 if name == "desktop" else 900)
+    changed, rate = page.download()
+    differs = np.abs(changed - given) > 2**-14
+    assert rate == 16000 and len(changed) == 96000
+    assert differs[32000:64000].mean() > 0.9 and not differs[:32000].any() and not differs[64000:].any()

@@ -11,10 +11,13 @@ import pytest
 import score_film
 import slideshow
 import soundfile
+from best_of import best_first
 from conftest import photograph
+from extractor_checkpoints import save_clap, save_clip
 from films import clicks, write_film
 from processes import run_script, start_script
 from slideshow import lay_out, list_pictures
+from test_audio import polyphonic_music
 
 from melfusion_pipeline.film import read_film
 from melfusion_pipeline.onsets import find_onsets
@@ -36,6 +39,44 @@ def test_generate_takes_a_checkpoint(pipe, tmp_path):
     result = run_script(ROOT / "examples" / "generate.py", *arguments, folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "forest_stream.wav").is_file()
+
+
+def test_generate_takes_music_that_is_there_and_keeps_the_best(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "checkpoint")
+    given = polyphonic_music(16000, 2.0).astype(np.float32) / 3
+    soundfile.write(tmp_path / "song.wav", given, 16000)
+    models = ("--clap_model", save_clap(tmp_path / "clap"), "--clip_model", save_clip(tmp_path / "clip"))
+    (tmp_path / "captions.txt").write_text("a\nb\nc\n")
+    script = (ROOT / "examples" / "generate.py", "--checkpoint", tmp_path / "checkpoint", "--output", tmp_path)
+    script += ("--num_inference_steps", "2", "--audio", tmp_path / "song.wav")
+
+    def make(*arguments):
+        result = run_script(*script, *arguments, folder=tmp_path)
+        assert result.returncode == 0, result.stderr
+        return soundfile.read(tmp_path / "forest_stream.wav", dtype="float32")[0], result.stdout
+
+    anew, _ = make("--make_anew", "0.25:0.5", "1:1.5")
+    differs = np.abs(anew - given) > 2**-14
+    assert len(anew) == 32000 and differs[4000:8000].any() and differs[16000:24000].any()
+    assert not differs[:4000].any() and not differs[8000:16000].any() and not differs[24000:].any()
+    longer, _ = make("--go_on_to", "2.5")
+    assert len(longer) == 40000 and np.abs(longer[:32000] - given).max() < 2**-14
+    best, printed = make("--strength", "0.5", "--best_of", "3", *models, "--imsm_captions", tmp_path / "captions.txt")
+    assert len(best) == 32000 and printed.count("IMSM") == 3 and printed.count(", kept\n") == 1
+    for arguments, message in (
+        (("--best_of", "3"), "--best_of above 1 and --clap_model need each other"),
+        (("--make_anew", "1-2"), "'1-2' is no stretch such as 10:20"),
+        (("--strength", "0.5", "--go_on_to", "3"), "`strength` is 0.5, but `audio_length_in_s` goes on"),
+    ):
+        result = run_script(*script, *arguments, folder=tmp_path)
+        assert result.returncode and message in result.stderr
+
+
+def test_the_best_variation_has_the_best_ranks():
+    scores = {"CLAP": np.array([0.3, 0.2, 0.1, 0.25]), "IMSM": np.array([0.1, 0.4, 0.2, 0.3])}
+    # Ranks 1 + 4, 3 + 1, 4 + 3, 2 + 2: of the two with 4 the one with the better CLAP score.
+    assert best_first(scores).tolist() == [3, 1, 0, 2]
+    assert best_first({"CLAP": scores["CLAP"]}).tolist() == [0, 3, 1, 2]
 
 
 def test_the_demo_writes_eight_wavs_two_pictures_and_a_whole_table(tmp_path):

@@ -59,7 +59,7 @@ SHORTER = {
     "train_melfusion.py": "--max_train_steps 2 --audio_length_in_s 1.28 --num_validation_samples 1",
     "evaluate.py": "--num_inference_steps 2 --audio_length_in_s 1.28",
     "publish.py": "--num_inference_steps 2",
-    "generate.py": "--num_inference_steps 5",
+    "generate.py": "--num_inference_steps 2",
     "slideshow.py": "--num_inference_steps 2 --seconds 1 --size 320x180",
     "score_film.py": "--num_inference_steps 2",
 }
