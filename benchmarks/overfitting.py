@@ -45,7 +45,7 @@ def make_triplets() -> dict:
         "waveforms": torch.tensor(np.stack(waveforms), dtype=torch.float32).repeat(COPIES, 1),
         "captions": ["music"] * len(paths) * COPIES,
         "indices": torch.arange(len(paths) * COPIES),
-        "image_paths": [str(path) for path in paths] * COPIES,
+        "image_files": [str(path) for path in paths] * COPIES,
     }
 
 
@@ -106,8 +106,8 @@ def report(name: str, losses: np.ndarray, reference: np.ndarray) -> None:
 def compare(objective: MelFusionObjective, triplets: dict, name: str) -> None:
     """Reports what shuffled pictures and alpha = 0 cost."""
     losses = fixed_losses(objective, triplets)
-    rolled = triplets["image_paths"][1:] + triplets["image_paths"][:1]
-    report(f"{name}, pictures shuffled", fixed_losses(objective, {**triplets, "image_paths": rolled}), losses)
+    rolled = triplets["image_files"][1:] + triplets["image_files"][:1]
+    report(f"{name}, pictures shuffled", fixed_losses(objective, {**triplets, "image_files": rolled}), losses)
     alphas = objective.pipe.synapse.alphas.detach().clone()
     with torch.no_grad():
         objective.pipe.synapse.alphas.zero_()

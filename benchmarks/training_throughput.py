@@ -68,12 +68,12 @@ def main() -> None:
         "waveforms": torch.randn(args.batch_size, 81920 if small else 163840) * 0.1,
         "captions": ["music"] * args.batch_size,
         "indices": torch.arange(args.batch_size),
-        "image_paths": [str(path) for path in paths],
+        "image_files": [str(path) for path in paths],
         "pixel_values": torch.rand(args.batch_size, 3, side, side) * 2 - 1,
     }
     with tempfile.TemporaryDirectory() as folder:
         trajectories = TrajectoryCache(folder, pipe, 2, side)
-        trajectories.build(batch["image_paths"])
+        trajectories.build(batch["image_files"])
         objectives = {
             "inversion": MelFusionObjective(pipe, "unet", trajectories).train(),
             "noising": MelFusionObjective(pipe, "unet").train(),

@@ -45,7 +45,15 @@ from listening_test import export_listening_test
 
 from melfusion_pipeline import MelFusionPipeline, __version__, extractors
 from melfusion_pipeline.audio import Spectrogram
-from melfusion_pipeline.data import check_rows, load_rows, select_good_rows
+from melfusion_pipeline.data import (
+    COLUMNS,
+    check_rows,
+    export_triplets,
+    load_rows,
+    load_set,
+    select_good_rows,
+    set_root,
+)
 
 # What a call takes from its checkpoint where it is not given.
 CALL = ("num_inference_steps", "num_inversion_steps", "guidance_scale", "image_guidance_scale", "image_guidance_end")
@@ -60,9 +68,12 @@ EMBEDDERS = {"clap": extractors.ClapExtractor, "vggish": extractors.VggishExtrac
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="folder or Hub id of a pipeline; not needed to score folders only")
-    parser.add_argument(
-        "--triplets", type=Path, required=True, help="jsonl, json, csv or tsv; see melfusion_pipeline.data"
-    )
+    parser.add_argument("--triplets", type=Path, help="jsonl, json, csv or tsv; see melfusion_pipeline.data")
+    parser.add_argument("--dataset_name", help="instead: a set on the Hub, or a folder that `datasets` reads")
+    parser.add_argument("--dataset_config_name", help="one of several configurations of the set")
+    parser.add_argument("--dataset_split", default="test", help="of the set")
+    for column in COLUMNS:
+        parser.add_argument(f"--{column}_column", default=column, help="its name in the set")
     parser.add_argument("--data_root", type=Path, help="holds all files of the set; default: the folder of --triplets")
     parser.add_argument("--output", type=Path, required=True, help="folder for clips and results")
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, help="default: all for which a model is given")
@@ -87,7 +98,24 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clip_model", help="folder or Hub id, for IMSM")
     parser.add_argument("--imsm_captions", type=Path, help="file with one caption a line; default: the set's own")
     parser.add_argument("--subjective", type=Path, help="folder to write a listening test into")
-    return parser.parse_args(arguments)
+    arguments = parser.parse_args(arguments)
+    if (arguments.triplets is None) == (arguments.dataset_name is None):
+        parser.error("give --triplets or --dataset_name")
+    return arguments
+
+
+def read_rows(arguments: argparse.Namespace, accelerator: Accelerator) -> list[dict]:
+    """Reads the set; one of `datasets` is written as files into the output first, which then are `--triplets`."""
+    columns = {column: getattr(arguments, f"{column}_column") for column in COLUMNS}
+    name, split = arguments.dataset_name, arguments.dataset_split
+    if name is None:
+        return list(load_rows(arguments.triplets, columns))
+    with accelerator.main_process_first():
+        rows = load_set(name, arguments.dataset_config_name, split, columns)
+        root = arguments.data_root or set_root(name)
+        arguments.triplets = export_triplets(rows, arguments.output / "triplets", root)
+    arguments.data_root = arguments.triplets.parent
+    return list(load_rows(arguments.triplets))
 
 
 def choose_systems(arguments: argparse.Namespace) -> list[str]:
@@ -174,7 +202,9 @@ def describe_settings(arguments: argparse.Namespace, rows: Sequence[dict], optio
     fad, classifier = (" ".join(pair) if pair else None for pair in (arguments.fad_extractor, arguments.classifier))
     fad = fad or (f"clap {arguments.clap_model}" if arguments.clap_model else "log-mel (fixed, no learned weights)")
     length = options["call"]["audio_length_in_s"]
-    settings = {"rows": len(rows), "pictures": len({row["image"] for row in rows}), "triplets": arguments.triplets}
+    name, split = arguments.dataset_name, arguments.dataset_split
+    source = f"{name} ({split})" if name else arguments.triplets
+    settings = {"rows": len(rows), "pictures": len({row["image"] for row in rows}), "triplets": source}
     settings |= {"melfusion_pipeline": __version__, "checkpoint": arguments.checkpoint, "seed": options["seed"]}
     settings |= options["call"] | {"caption_model": arguments.caption_model}
     settings["storyboard_pictures"] = arguments.storyboard_pictures
@@ -247,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(arguments)
     # The processes wait for the slowest, which may have hours of music more to make.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
-    systems, rows = choose_systems(arguments), list(load_rows(arguments.triplets))
+    systems, rows = choose_systems(arguments), read_rows(arguments, accelerator)
     pipe = MelFusionPipeline.from_pretrained(arguments.checkpoint).to(accelerator.device) if systems else None
     options = read_options(arguments, pipe)
     seconds = options["call"]["audio_length_in_s"]

@@ -22,6 +22,9 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
     args = parser.parse_args(arguments)
     if problems := list(find_problems(args)):
         parser.error("\n  ".join(["wrong arguments:", *problems]))
+    args.train_data = args.train_data or args.dataset_name
+    if args.validation_split:
+        args.validation_data = args.validation_data or args.dataset_name
     return args
 
 
@@ -34,12 +37,16 @@ def add_model_arguments(group) -> None:
 
 
 def add_data_arguments(group) -> None:
-    group.add_argument("--train_data", required=True, help=".jsonl, .json, .csv or .tsv, one triplet a row")
+    group.add_argument("--train_data", help=".jsonl, .json, .csv or .tsv, one triplet a row")
+    group.add_argument("--dataset_name", help="instead: a set on the Hub, or a folder that `datasets` reads")
+    group.add_argument("--dataset_config_name", help="one of several configurations of the set")
+    group.add_argument("--dataset_split", default="train", help="of the set")
     group.add_argument("--data_root", help="folder that no file may lie outside of (default: that of --train_data)")
     for column in COLUMNS:
         group.add_argument(f"--{column}_column", default=column, help="its name in the file")
     group.add_argument("--train_split", help="use only the rows with this value in the split column")
     group.add_argument("--streaming", action="store_true", help="read the rows while training, with flat memory")
+    group.add_argument("--shuffle_buffer_size", type=int, default=1000, help="rows of a stream shuffled at a time")
     group.add_argument("--check_data", action="store_true", help="check every row, print the problems and stop")
     group.add_argument("--skip_bad_rows", action="store_true", help="train without the rows that have problems")
     group.add_argument("--resolution", type=int, help="side of the pictures in pixels (default: the image UNet's)")
@@ -87,7 +94,7 @@ def add_output_arguments(group) -> None:
     group.add_argument("--checkpoints_total_limit", type=int)
     group.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or 'latest'")
     group.add_argument("--validation_data", help="as --train_data")
-    group.add_argument("--validation_split", help="as --train_split; --validation_data may then be the same file")
+    group.add_argument("--validation_split", help="as --train_split, or a split of --dataset_name")
     group.add_argument("--validation_steps", type=int, default=500)
     group.add_argument("--num_validation_samples", type=int, default=2, help="rows to generate music for")
     group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, ..., all or none")
@@ -105,8 +112,14 @@ def find_problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--push_to_hub needs --hub_model_id"
     if args.random_image_crops and args.image_latents != "noising":
         yield "--random_image_crops needs --image_latents noising: a trajectory belongs to one crop"
-    if args.validation_split and not args.validation_data:
-        yield "--validation_split needs --validation_data"
+    if (args.train_data is None) == (args.dataset_name is None):
+        yield "give --train_data or --dataset_name"
+    if args.dataset_name and args.train_split:
+        yield "--train_split is a value in the split column of --train_data; with --dataset_name give --dataset_split"
+    if args.dataset_config_name and not args.dataset_name:
+        yield "--dataset_config_name needs --dataset_name"
+    if args.validation_split and not (args.validation_data or args.dataset_name):
+        yield "--validation_split needs --validation_data or --dataset_name"
     for name in ("train_data", "validation_data"):
         path = getattr(args, name)
         if path is not None and not Path(path).is_file():
@@ -115,7 +128,7 @@ def find_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--resume_from_checkpoint {args.resume_from_checkpoint} is neither a folder nor 'latest'"
     for name in (
         "train_batch_size gradient_accumulation_steps max_train_steps num_inversion_steps checkpointing_steps"
-        " validation_steps audio_length_in_s learning_rate synapse_learning_rate max_grad_norm"
+        " validation_steps shuffle_buffer_size audio_length_in_s learning_rate synapse_learning_rate max_grad_norm"
     ).split():
         if not getattr(args, name) > 0:
             yield f"--{name} must be above 0, got {getattr(args, name)}"

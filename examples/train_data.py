@@ -4,37 +4,41 @@ import argparse
 import functools
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch.utils.data import DataLoader, Sampler
 
 from melfusion_pipeline.data import (
     COLUMNS,
     TripletDataset,
-    TripletStream,
     check_rows,
     format_problems,
     load_rows,
+    load_set,
     read_triplet,
     select_good_rows,
+    set_root,
 )
 from melfusion_pipeline.pictures_melfusion import prepare_image
+from melfusion_pipeline.streams import TripletStream
 
 
 @dataclass
 class Position:
-    """Where training stands; saved in each checkpoint."""
+    """Where training stands; saved in each checkpoint. `lanes` are where a stream stands."""
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    lanes: dict[int, dict] = field(default_factory=dict)
 
     def state_dict(self) -> dict:
-        return dict(vars(self))
+        """Called by `accelerator.save_state` on every process; the main one's is written, with the lanes of all."""
+        lanes = {number: lane for lanes in gather_object([self.lanes]) for number, lane in lanes.items()}
+        return vars(self) | {"lanes": lanes}
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)
@@ -66,7 +70,17 @@ def load_checked_rows(
 ) -> Iterable[dict]:
     """Opens a set; the main process reads every row once and all leave out what it found wrong."""
     columns = {column: getattr(args, f"{column}_column") for column in COLUMNS}
-    rows = load_rows(path, columns, streaming=args.streaming)
+    if path == args.dataset_name:
+        # A set to validate on is small and read again and again.
+        streaming = args.streaming and split is None
+        with accelerator.main_process_first():
+            rows = load_set(path, args.dataset_config_name, split or args.dataset_split, columns, streaming)
+        if streaming and not args.check_data:
+            # To check it all would be to download it twice: what is wrong is found when it is met.
+            return rows
+        split = None
+    else:
+        rows = load_rows(path, columns, streaming=args.streaming)
     if split is not None:
         rows = rows.filter(functools.partial(is_in_split, split=split), input_columns="split")
         if next(iter(rows), None) is None:
@@ -79,7 +93,9 @@ def load_checked_rows(
 
 
 def data_root(path: str, args: argparse.Namespace) -> str:
-    return args.data_root or os.path.dirname(os.path.abspath(path))
+    if args.data_root:
+        return args.data_root
+    return set_root(path) if path == args.dataset_name else os.path.dirname(os.path.abspath(path))
 
 
 def reader(path: str, args: argparse.Namespace):
@@ -109,7 +125,9 @@ def loading(args: argparse.Namespace, accelerator: Accelerator) -> dict:
 def make_loader(rows: Iterable[dict], args: argparse.Namespace, accelerator: Accelerator) -> DataLoader:
     share = (args.train_batch_size, accelerator.process_index, accelerator.num_processes)
     if args.streaming:
-        stream = TripletStream(rows.shuffle(seed=args.seed), reader(args.train_data, args), *share)
+        skips = {"skip_bad_rows": args.skip_bad_rows and args.train_data == args.dataset_name}
+        sizes = {"seed": args.seed, "buffer_size": args.shuffle_buffer_size}
+        stream = TripletStream(rows, reader(args.train_data, args), *share, **sizes, **skips)
         return DataLoader(stream, batch_size=None, **loading(args, accelerator))
     batches = GlobalBatches(len(rows), *share, args.seed)
     if len(rows) < batches.global_batch_size:
@@ -122,17 +140,15 @@ def make_loader(rows: Iterable[dict], args: argparse.Namespace, accelerator: Acc
 
 
 def endless_batches(loader: DataLoader, position: Position, device: torch.device) -> Iterator[dict]:
-    """Yields batches on `device` epoch by epoch, from where `position` stands, and moves it on."""
+    """Yields batches on `device`, from where `position` stands, and moves it on; a stream counts no epochs."""
+    if isinstance(loader.dataset, TripletStream):
+        loader.dataset.go_on(position.batch, position.lanes)
     while True:
-        loader.dataset.set_epoch(position.epoch)
-        if isinstance(loader.dataset, TripletStream):
-            batches = islice(loader, position.batch, None)
-        else:
+        if not isinstance(loader.dataset, TripletStream):
+            loader.dataset.set_epoch(position.epoch)
             loader.batch_sampler.position = Position(position.step, position.epoch, position.batch)
-            batches = loader
-        for batch in batches:
+        for batch in loader:
             position.batch += 1
+            position.lanes = position.lanes | batch.pop("lanes", {})
             yield send_to_device(batch, device, non_blocking=True)
-        if position.batch == 0:
-            raise ValueError("--train_data holds fewer rows than one batch over all devices.")
         position.epoch, position.batch = position.epoch + 1, 0

@@ -22,12 +22,13 @@ from publish import Publication, read_training, upload, write_model_card, write_
 from tqdm.auto import tqdm
 from train_arguments import parse_arguments
 from train_checkpoints import EMA, resume, save_checkpoint
-from train_data import endless_batches, load_checked_rows, make_loader
+from train_data import data_root, endless_batches, load_checked_rows, make_loader
 from train_state import State, whole
 from train_validation import validate
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import Spectrogram
+from melfusion_pipeline.data import ImageFiles
 from melfusion_pipeline.files_melfusion import atomic_write, staged_folder
 from melfusion_pipeline.training import (
     TRAINABLE,
@@ -105,13 +106,13 @@ def make_trajectories(
     folder = args.trajectory_cache or args.output_dir / "trajectories"
     cache = TrajectoryCache(folder, pipe, args.num_inversion_steps, args.resolution)
     if not args.streaming:
-        paths = [os.path.realpath(row["image"]) for row in rows]
-        missing = len(cache.missing(paths))
+        pictures = ImageFiles(rows, data_root(args.train_data, args))
+        missing = len(cache.missing(pictures))
         size = cache.nbytes(missing) / 2**20
         accelerator.print(
-            f"Trajectories: {missing} of {len(set(paths))} pictures to invert, {size:.1f} MiB in {folder}"
+            f"Trajectories: {missing} pictures of {len(pictures)} rows to invert, {size:.1f} MiB in {folder}"
         )
-        cache.build(paths, process_index=accelerator.process_index, num_processes=accelerator.num_processes)
+        cache.build(pictures, process_index=accelerator.process_index, num_processes=accelerator.num_processes)
         accelerator.wait_for_everyone()
     return cache
 
@@ -291,7 +292,7 @@ def describe_training(args: argparse.Namespace) -> tuple[list[str], dict]:
     facts = {
         "trained": "the synapse" if args.train == "synapse" else "the synapse and the music UNet",
         "starting from": " and ".join(sources),
-        "training data": Path(args.train_data).name,
+        "training data": args.train_data if args.dataset_name else Path(args.train_data).name,
         "steps": args.max_train_steps,
         "batch size on each device": args.train_batch_size,
         "gradient accumulation": args.gradient_accumulation_steps,

@@ -4,24 +4,23 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object, send_to_device
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import default_collate
-from train_data import reader
+from train_data import data_root, reader
 from train_state import State, whole
 
 from melfusion_pipeline.audio import save_audio
-from melfusion_pipeline.data import open_image
+from melfusion_pipeline.data import locate, open_image
 from melfusion_pipeline.plotting import plot_mel_spectrogram
 
 # The validation loss is the mean over this many fixed draws of timestep and noise a row.
 VALIDATION_DRAWS = 4
 VALIDATION_BATCH_SIZE = 4
 # What a sample has of its picture.
-PICTURE = ("image_paths", "pixel_values")
+PICTURE = ("image_files", "pixel_values")
 # The pictures with which a row's loss is computed, and how its mean is logged.
 COMPARED = {"its own": "", "another row's": "/another_picture", "none": "/no_picture"}
 
@@ -121,7 +120,7 @@ def generate_sample(state: State, index: int, row: dict) -> None:
     pipe, args, step = state.pipe, state.args, state.position.step
     with state.accelerator.autocast():
         mel_spectrogram = pipe(
-            open_image(Path(row["image"])),
+            open_image(locate(row["image"], data_root(args.validation_data, args))),
             row["caption"],
             audio_length_in_s=args.audio_length_in_s,
             num_inversion_steps=args.num_inversion_steps,

@@ -26,7 +26,10 @@
 | `melfusion_pipeline.files_melfusion` | writing a file whole or not at all |
 | `melfusion_pipeline.locks_melfusion` | threads that share components |
 | `melfusion_pipeline.audio` | sound files, and the way from a waveform to music latents |
-| `melfusion_pipeline.data` | sets of triplets: reading and checking |
+| `melfusion_pipeline.tables` | sets of triplets as files: JSON lines, CSV |
+| `melfusion_pipeline.sets` | sets of triplets as `datasets` has them |
+| `melfusion_pipeline.data` | triplets: reading, checking, publishing |
+| `melfusion_pipeline.streams` | triplets read while training |
 | `melfusion_pipeline.training` | the training objective and its caches |
 | `melfusion_pipeline.metrics` | figures of generated music, as pure functions |
 | `melfusion_pipeline.extractors` | the embeddings that the figures are computed from |

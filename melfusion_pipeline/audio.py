@@ -11,8 +11,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import soundfile
@@ -51,6 +52,16 @@ SAMPLES_PER_BLOCK = 1 << 16
 AV_SUFFIXES = (".aac", ".m4a", ".mp4")
 # Decoding begins this many seconds early: a compressed frame builds upon the frames before it.
 PREROLL = Fraction(1, 2)
+
+
+class EmbeddedFile(NamedTuple):
+    """A file that lies inside of another, as pictures and clips do in Parquet: its `content` and its `name`."""
+
+    content: bytes
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def check_file_format(path: Path, file_format: str, sampling_rate: int) -> None:
@@ -106,7 +117,9 @@ def save_audio(path: str | os.PathLike, waveform: np.ndarray | torch.Tensor, sam
         raise ValueError(f"{samples.shape} samples at {sampling_rate} Hz make no {file_format}: {error}") from error
 
 
-def load_audio(path: str | os.PathLike, start: float = 0.0, duration: float | None = None) -> tuple[torch.Tensor, int]:
+def load_audio(
+    path: str | os.PathLike | EmbeddedFile, start: float = 0.0, duration: float | None = None
+) -> tuple[torch.Tensor, int]:
     """Reads a stretch of a sound file without decoding the rest of it.
 
     Args:
@@ -125,13 +138,19 @@ def load_audio(path: str | os.PathLike, start: float = 0.0, duration: float | No
         raise ValueError(f"`start` must be zero or more seconds, but is {start!r}.")
     if duration is not None and not (math.isfinite(duration) and duration > 0):
         raise ValueError(f"`duration` must be a positive number of seconds or None, but is {duration!r}.")
-    decode = decode_with_av if Path(path).suffix.lower() in AV_SUFFIXES else decode_with_libsndfile
+    decode = decode_with_av if needs_av(path) else decode_with_libsndfile
     samples, sampling_rate = decode(path, start, duration)
     if samples.shape[-1] == 0:
         raise ValueError(f"{str(path)!r} holds no samples at {start} s.")
     if not np.isfinite(samples).all():
         raise ValueError(f"{str(path)!r} holds NaN or infinite samples.")
     return torch.from_numpy(np.ascontiguousarray(samples)), sampling_rate
+
+
+def needs_av(path: str | os.PathLike | EmbeddedFile) -> bool:
+    """Returns whether PyAV must read the sound file `path`; one that lies inside of a set may have no suffix."""
+    is_mp4 = isinstance(path, EmbeddedFile) and path.content[4:8] == b"ftyp"
+    return is_mp4 or Path(str(path)).suffix.lower() in AV_SUFFIXES
 
 
 def stretch_bounds(start: float, duration: float | None, sampling_rate: int, num_samples: int) -> tuple[int, int]:
@@ -151,17 +170,19 @@ def stretch_bounds(start: float, duration: float | None, sampling_rate: int, num
 
 
 @contextmanager
-def open_with_libsndfile(path: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
+def open_with_libsndfile(path: str | os.PathLike | EmbeddedFile) -> Iterator[soundfile.SoundFile]:
     """Opens the sound file `path`; what libsndfile refuses while it is open is a `ValueError` that names the file."""
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(BytesIO(path.content) if isinstance(path, EmbeddedFile) else path) as file:
             yield file
     except (soundfile.LibsndfileError, MemoryError) as error:
         # A damaged header may promise more samples than fit into the memory.
         raise ValueError(f"{str(path)!r} cannot be read as a sound file: {error}") from error
 
 
-def decode_with_libsndfile(path: str | os.PathLike, start: float, duration: float | None) -> tuple[np.ndarray, int]:
+def decode_with_libsndfile(
+    path: str | os.PathLike | EmbeddedFile, start: float, duration: float | None
+) -> tuple[np.ndarray, int]:
     """Reads what libsndfile knows: wav, flac, ogg, mp3.
 
     Args:
@@ -180,7 +201,9 @@ def decode_with_libsndfile(path: str | os.PathLike, start: float, duration: floa
 
 
 @contextmanager
-def open_with_av(path: str | os.PathLike) -> Iterator[tuple["InputContainer", "AudioStream", "AudioResampler"]]:
+def open_with_av(
+    path: str | os.PathLike | EmbeddedFile,
+) -> Iterator[tuple["InputContainer", "AudioStream", "AudioResampler"]]:
     """Opens an MP4 or raw AAC file.
 
     Args:
@@ -200,7 +223,8 @@ def open_with_av(path: str | os.PathLike) -> Iterator[tuple["InputContainer", "A
     # A playlist that calls itself a sound must not make FFmpeg open other files or addresses.
     options = {"format_whitelist": "mov,aac", "protocol_whitelist": "file"}
     try:
-        with av.open(f"file:{os.fspath(path)}", options=options, metadata_errors="replace") as container:
+        file = BytesIO(path.content) if isinstance(path, EmbeddedFile) else f"file:{os.fspath(path)}"
+        with av.open(file, options=options, metadata_errors="replace") as container:
             if not container.streams.audio:
                 raise ValueError("it has no sound")
             yield container, container.streams.audio[0], av.AudioResampler(format="fltp")
@@ -218,7 +242,9 @@ def length_with_av(container: "InputContainer", stream: "AudioStream") -> Fracti
     return Fraction(length)
 
 
-def decode_with_av(path: str | os.PathLike, start: float, duration: float | None) -> tuple[np.ndarray, int]:
+def decode_with_av(
+    path: str | os.PathLike | EmbeddedFile, start: float, duration: float | None
+) -> tuple[np.ndarray, int]:
     """Reads what PyAV knows: MP4 and raw AAC files.
 
     Args:
@@ -253,9 +279,9 @@ def decode_with_av(path: str | os.PathLike, start: float, duration: float | None
     return np.concatenate(blocks, axis=1)[:, first - position : last - position], sampling_rate
 
 
-def audio_duration(path: str | os.PathLike) -> float:
+def audio_duration(path: str | os.PathLike | EmbeddedFile) -> float:
     """Returns the length of the sound file `path` in seconds; raises what `load_audio` does for an unreadable one."""
-    if Path(path).suffix.lower() in AV_SUFFIXES:
+    if needs_av(path):
         with open_with_av(path) as (container, stream, _):
             return float(length_with_av(container, stream))
     with open_with_libsndfile(path) as file:
@@ -362,7 +388,7 @@ def pad_or_cut(waveform: torch.Tensor, num_samples: int) -> torch.Tensor:
 
 
 def load_random_crop(
-    path: str | os.PathLike,
+    path: str | os.PathLike | EmbeddedFile,
     start: float,
     duration: float | None,
     audio_length_in_s: float,

@@ -1,258 +1,41 @@
-"""Triplets of picture, caption and music: reading, checking, cropping and collating MeLBench-style sets.
+"""Triplets of picture, caption and music: reading, checking, cropping and collating.
 
-    rows = load_rows("melbench/train.jsonl")
-    rows = select_good_rows(rows, check_rows(rows, data_root="melbench"))
-    read = functools.partial(read_triplet, data_root="melbench", prepare_image=prepare_image)
-    loader = DataLoader(TripletDataset(rows, read), batch_size=4, shuffle=True)
-
-Rows are numbered from 0 in the file's order, without a CSV file's header and empty rows.
+rows = load_rows("melbench/train.jsonl")
+rows = select_good_rows(rows, check_rows(rows, data_root="melbench"))
+read = functools.partial(read_triplet, data_root="melbench", prepare_image=prepare_image)
+loader = DataLoader(TripletDataset(rows, read), batch_size=4, shuffle=True)
 """
 
-import codecs
-import csv
 import functools
 import hashlib
 import json
-import math
-import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
-from pathlib import Path, PureWindowsPath
+from io import BytesIO
+from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 from diffusers.utils import logging
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import Dataset
 
-from .audio import load_audio, load_random_crop
+from .audio import EmbeddedFile, load_audio, load_random_crop
 from .files_melfusion import atomic_write
+from .sets import load_set as load_set
+from .sets import read_remote
+from .sets import set_root as set_root
+from .tables import COLUMNS as COLUMNS
+from .tables import MELBENCH_COLUMNS as MELBENCH_COLUMNS
+from .tables import PathLike
+from .tables import convert_musiccaps as convert_musiccaps
+from .tables import load_rows as load_rows
 from .waveforms_melfusion import Spectrogram
 
 logger = logging.get_logger(__name__)
 
-COLUMNS = ("image", "audio", "caption", "start", "duration", "genre", "split")
-MELBENCH_COLUMNS = {"image": "img_path", "audio": "location", "caption": "captions"}
 SILENCE = 1e-4
-# In text decoded with `surrogateescape`: bytes that are not UTF-8, bytes that cp1252 leaves undefined, and characters
-# that were decoded well.
-NOT_UTF8 = re.compile("[\udc80-\udcff]")
-NOT_CP1252 = re.compile("[\udc81\udc8d\udc8f\udc90\udc9d]")
-BEYOND_ASCII = re.compile("[^\x00-\x7f\udc80-\udcff]")
 CANCELLING = " once its channels are averaged, for they cancel out: keep one of them"
-PathLike = str | os.PathLike
-
-
-def load_rows(path: PathLike, columns: dict[str, str] | None = None, streaming: bool = False) -> Iterable[dict]:
-    """Opens a set of triplets, whose files `read_triplet` reads later.
-
-    Args:
-        path: `.jsonl`, `.json` (lines, or one list), `.csv` or `.tsv` with the columns `image`, `audio`, `caption`
-            and, where wanted, `start`, `duration` (in seconds), `genre`, `split`. Relative paths in it start from its
-            folder; their backslashes part folders. A list of strings as caption is joined by commas. A CSV file is
-            UTF-8, UTF-16 or cp1252, with commas, semicolons or tabs: what is unusual is found and logged.
-        columns: the file's own names of these columns, for example `MELBENCH_COLUMNS` for the authors' files.
-        streaming: read while iterating, with flat memory, instead of at once.
-
-    Returns:
-        A `datasets.Dataset` or `IterableDataset` of these columns, `row` (its number) and `problem` (if malformed).
-
-    Raises:
-        ImportError: if `datasets` is not installed.
-        ValueError: if the file is missing, unreadable or without rows, or a key of `columns` is unknown.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("Reading a set of triplets needs `datasets`: pip install datasets") from error
-    is_file = isinstance(path, PathLike) and Path(path).is_file()
-    if not is_file or Path(path).suffix.lower() not in (".jsonl", ".json", ".csv", ".tsv"):
-        raise ValueError(f"`path` must be an existing .jsonl, .json, .csv or .tsv file, but is {str(path)!r}.")
-    names = columns or {}
-    if not isinstance(names, dict) or not set(names) <= set(COLUMNS) or not is_text(*names.values()):
-        raise ValueError(f"`columns` must rename some of {list(COLUMNS)}, but is {columns}.")
-    arguments = {"path": str(path), "columns": columns, **find_table_format(path)}
-    if next(read_rows(**arguments), None) is None:
-        raise ValueError(f"`path` {str(path)!r} holds no rows.")
-    if streaming:
-        return datasets.IterableDataset.from_generator(read_rows, gen_kwargs=arguments)
-    return datasets.Dataset.from_list(list(read_rows(**arguments)))
-
-
-def read_rows(
-    path: str, columns: dict[str, str] | None = None, encoding: str | None = None, delimiter: str | None = None
-) -> Iterator[dict]:
-    """Yields the rows of `load_rows`, one dictionary each; `encoding` and `delimiter` as for `read_records`."""
-    names = {column: column for column in COLUMNS} | (columns or {})
-    for number, record in enumerate(read_records(path, encoding, delimiter)):
-        row = dict.fromkeys(COLUMNS) | {"row": number, "problem": None}
-        try:
-            record = json.loads(record) if isinstance(record, bytes) else record
-            if isinstance(record, dict) and None in record:
-                raise ValueError(f"has more fields than the header, from {record[None]!r:.80}: quote a {delimiter!r}")
-            # Where semicolons part the columns, spreadsheets write 12,5 for 12.5.
-            decimal_mark = "," if delimiter == ";" else "."
-            row |= {column: parse_field(record, column, name, decimal_mark) for column, name in names.items()}
-            folder = os.path.dirname(path)
-            row |= {column: local_path(folder, row[column], names[column]) for column in ("image", "audio")}
-        except (ValueError, OverflowError, RecursionError) as error:
-            row["problem"] = str(error)
-        yield row
-
-
-def local_path(folder: str, path: str, name: str) -> str:
-    """Joins `path`, the field `name` of a row, to `folder`; backslashes part folders unless there is such a file.
-
-    Returns:
-        The path, which need not exist.
-
-    Raises:
-        ValueError: if the path holds '..', or is one of a Windows drive and this is another system.
-    """
-    if ".." in PureWindowsPath(path).parts:
-        raise ValueError(f"`{name}` may not hold '..', but is {path!r}")
-    joined = os.path.join(folder, path)
-    if os.sep == "\\" or "\\" not in path or os.path.lexists(joined):
-        return joined
-    if PureWindowsPath(path).is_absolute():
-        raise ValueError(f"`{name}` is {path!r}, on another system's drive: make it relative to the set's file")
-    return os.path.join(folder, path.replace("\\", "/"))
-
-
-def is_text(*values: object) -> bool:
-    """Returns whether all of `values` are strings that can be written; lone surrogates, which JSON allows, cannot."""
-    try:
-        return all(isinstance(value, str) and value.encode() is not None for value in values)
-    except UnicodeEncodeError:
-        return False
-
-
-def find_table_format(path: PathLike) -> dict[str, str]:
-    """Finds how a CSV file is written, and logs what is unusual.
-
-    Args:
-        path: the file.
-
-    Returns:
-        `encoding` and `delimiter`, as `read_records` takes them; nothing for a file of another kind.
-
-    Raises:
-        ValueError: if the file cannot be read, or is none that a spreadsheet writes.
-    """
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".csv", ".tsv"):
-        return {}
-    encoding = find_encoding(path)
-    headers = {delimiter: next(read_fields(path, encoding, delimiter), []) for delimiter in ",;\t"}
-    delimiter = max(headers, key=lambda delimiter: len(headers[delimiter]))
-    if len(headers[delimiter]) == 1:
-        header = headers[delimiter][0]
-        raise ValueError(f"{str(path)!r} has one column, {header!r:.80}: part columns by commas, semicolons or tabs.")
-    usual = "\t" if suffix == ".tsv" else ","
-    if headers[delimiter] and (encoding, delimiter) != ("utf-8-sig", usual):
-        text = f"Reading {str(path)!r} as {encoding} with {delimiter!r} between columns"
-        logger.warning(f"{text}; if its letters come out wrong, save it as UTF-8." if encoding == "cp1252" else text)
-    return {"encoding": encoding, "delimiter": delimiter}
-
-
-def find_encoding(path: PathLike) -> str:
-    """Returns which encoding the CSV file `path` has: `"utf-8-sig"`, `"utf-16"` or `"cp1252"`.
-
-    Raises:
-        ValueError: if it has none of them, or is UTF-8 with some foreign bytes.
-    """
-    with open(path, "rb") as file:
-        mark = file.read(3)
-    if mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return "utf-16"
-    is_utf8, foreign, undefined = mark == codecs.BOM_UTF8, None, None
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        for text in iter(functools.partial(file.read, 1 << 20), ""):
-            if "\0" in text:
-                raise ValueError(
-                    f"{str(path)!r} holds null characters, as UTF-16 without its mark does: save it as UTF-8."
-                )
-            if not text.isascii():
-                is_utf8 = is_utf8 or BEYOND_ASCII.search(text)
-                foreign = foreign or NOT_UTF8.search(text)
-                undefined = undefined or NOT_CP1252.search(text)
-    if foreign and (is_utf8 or undefined):
-        found = "UTF-8 with a foreign byte" if is_utf8 else "neither UTF-8, UTF-16 nor cp1252, for it holds a byte"
-        byte = ord((foreign if is_utf8 else undefined).group()) - 0xDC00
-        raise ValueError(f"{str(path)!r} is {found} {byte:#x}: save it anew as UTF-8.")
-    return "cp1252" if foreign else "utf-8-sig"
-
-
-def read_fields(path: PathLike, encoding: str, delimiter: str) -> Iterator[list[str]]:
-    """Yields the rows of the CSV file `path` that are not empty; see `find_table_format` for `encoding`, `delimiter`.
-
-    Raises:
-        ValueError: if the file cannot be read.
-    """
-    try:
-        with open(path, encoding=encoding, newline="") as file:
-            yield from (fields for fields in csv.reader(file, delimiter=delimiter) if any(fields))
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
-
-
-def read_records(path: PathLike, encoding: str | None = None, delimiter: str | None = None) -> Iterator[dict | bytes]:
-    """Yields the records of the CSV file or JSON list `path`, or the undecoded lines of JSON lines.
-
-    Args:
-        path: the file.
-        encoding: of a CSV file, see `find_table_format`.
-        delimiter: of a CSV file.
-
-    Returns:
-        An iterator; a CSV record's fields without a header are the list under the key `None`.
-
-    Raises:
-        ValueError: if the file cannot be read as what its suffix says.
-    """
-    if delimiter:
-        table = read_fields(path, encoding, delimiter)
-        header = next(table, [])
-        for fields in table:
-            extra = fields[len(header) :]
-            yield dict(zip(header, fields)) | ({None: extra} if any(extra) else {})
-        return
-    try:
-        with open(path, "rb") as file:
-            if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise ValueError("it is UTF-16: save it as UTF-8")
-            if file.peek(3)[:3] == codecs.BOM_UTF8:
-                file.read(3)
-            if file.peek(1)[:1] == b"[":
-                yield from json.load(file)
-            else:
-                yield from (line for line in file if line.strip())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
-
-
-def parse_field(record: dict, column: str, name: str, decimal_mark: str = ".") -> str | float | None:
-    """Returns the field `name` of `record` as `column` needs it; a wrong one is a `ValueError`.
-
-    An optional field that is absent is `None`. A caption may be a list of strings. `decimal_mark` is that of numbers
-    which are written as text.
-    """
-    value = record.get(name) if isinstance(record, dict) else None
-    if column == "caption" and isinstance(value, list) and is_text(*value):
-        value = ", ".join(text.strip() for text in value if text.strip())
-    if value is None or value == "":
-        if column in ("image", "audio", "caption"):
-            raise ValueError(f"`{name}` is missing in {record!r:.80}")
-    elif column in ("start", "duration"):
-        is_number = isinstance(value, str | int | float) and not isinstance(value, bool)
-        value = value.replace(decimal_mark, ".") if isinstance(value, str) else value
-        value = float(value) if is_number else math.nan
-        if not 0 <= value < math.inf or (value == 0 and column == "duration"):
-            raise ValueError(f"`{name}` must be a number of seconds, but is {record[name]!r:.80}")
-    elif not is_text(value) or not value.strip():
-        raise ValueError(f"`{name}` must be text, but is {value!r:.80}")
-    return None if value == "" else value
 
 
 def contained_path(path: PathLike, data_root: PathLike) -> Path:
@@ -270,10 +53,33 @@ def contained_path(path: PathLike, data_root: PathLike) -> Path:
     return resolved
 
 
-def open_image(path: Path) -> Image.Image:
+def locate(file: PathLike | dict, data_root: PathLike) -> Path | EmbeddedFile:
+    """Finds the file that a row's `image` or `audio` stands for.
+
+    Args:
+        file: the path of `load_rows`, or `bytes` and `path` of `load_set`.
+        data_root: the folder, or `set_root` of a set, that it must lie in.
+
+    Returns:
+        The path of an existing file, or one that lies inside of the set or on the Hub with its content.
+
+    Raises:
+        ValueError: if it is missing, or lies elsewhere.
+    """
+    if not isinstance(file, dict):
+        return contained_path(file, data_root)
+    content, path = file["bytes"], file["path"]
+    if content is None and path is None:
+        raise ValueError("a file is missing: the column holds neither bytes nor a path")
+    if content is None and not str(data_root).startswith("hf://"):
+        return contained_path(Path(data_root, path), data_root)
+    return EmbeddedFile(read_remote(path, str(data_root)) if content is None else content, path or "an embedded file")
+
+
+def open_image(path: PathLike | EmbeddedFile) -> Image.Image:
     """Decodes the picture `path` as it is stored (any mode, not rotated); a `ValueError` if broken or oversized."""
     try:
-        with Image.open(path) as image:
+        with Image.open(BytesIO(path.content) if isinstance(path, EmbeddedFile) else path) as image:
             image.load()
             image.getexif()
     # Pillow's decoders let anything out that a damaged file provokes: struct.error, SyntaxError, IndexError, ...
@@ -286,8 +92,8 @@ def check_rows(rows: Iterable[dict], data_root: PathLike, min_duration_in_s: flo
     """Reads every row's files, with a progress bar.
 
     Args:
-        rows: of `load_rows`.
-        data_root: the folder that all files must lie in.
+        rows: of `load_rows` or `load_set`.
+        data_root: the folder that all files must lie in, or `set_root` of a set.
         min_duration_in_s: music shorter than this many seconds is a problem.
 
     Returns:
@@ -309,8 +115,8 @@ def check_row(row: dict, data_root: PathLike, min_duration_in_s: float, first_ro
         return
     digest = hashlib.sha256(row["caption"].encode())
     try:
-        digest.update(open_image(contained_path(row["image"], data_root)).tobytes())
-        path = contained_path(row["audio"], data_root)
+        digest.update(open_image(locate(row["image"], data_root)).tobytes())
+        path = locate(row["audio"], data_root)
         waveform, sampling_rate = load_audio(path, row["start"] or 0.0, row["duration"])
         digest.update(waveform.numpy())
     except ValueError as error:
@@ -370,8 +176,8 @@ def read_triplet(
     """Reads a row's picture and a stretch of its music; what is random is keyed by seed, epoch and row number only.
 
     Args:
-        row: from `load_rows`.
-        data_root: the folder that all files must lie in.
+        row: from `load_rows` or `load_set`.
+        data_root: the folder that all files must lie in, or `set_root` of a set.
         prepare_image: called as `prepare_image(image, generator=generator)` with a `PIL.Image.Image` as it is stored
             (any mode, not rotated by its EXIF data) and a `torch.Generator`, or `None` for the centre crop; returns
             float32 `[3, S, S]` in [-1, 1]. `None` leaves the picture unread: its cached trajectory needs no pixels.
@@ -383,8 +189,8 @@ def read_triplet(
 
     Returns:
         `pixel_values` `[3, S, S]` (unless `prepare_image` is None), `waveforms` `[T]` (of `load_random_crop`),
-        `captions`, `indices` (row number) and `image_paths`, named as in the batch that torch's `default_collate`
-        makes of them.
+        `captions`, `indices` (row number) and `image_files` (the picture's path, or its encoded bytes where it lies
+        inside of the set), named as in the batch that torch's `default_collate` makes of them.
 
     Raises:
         ValueError: if the row cannot be read, naming its number.
@@ -394,16 +200,36 @@ def read_triplet(
     try:
         if row["problem"]:
             raise ValueError(row["problem"])
-        image_path, audio_path = (contained_path(row[column], data_root) for column in ("image", "audio"))
+        image_file, audio_file = (locate(row[column], data_root) for column in ("image", "audio"))
         stretch = (row["start"] or 0.0, row["duration"], audio_length_in_s)
-        waveform = load_random_crop(audio_path, *stretch, generator, sampling_rate)
-        image = open_image(image_path) if prepare_image else None
+        waveform = load_random_crop(audio_file, *stretch, generator, sampling_rate)
+        image = open_image(image_file) if prepare_image else None
     except ValueError as error:
         raise ValueError(f"Row {row['row']}: {error}") from error
-    sample = {"waveforms": waveform, "captions": row["caption"], "indices": row["row"], "image_paths": str(image_path)}
+    image_file = image_file.content if isinstance(image_file, EmbeddedFile) else str(image_file)
+    sample = {"waveforms": waveform, "captions": row["caption"], "indices": row["row"], "image_files": image_file}
     if prepare_image:
         sample["pixel_values"] = prepare_image(image, generator=generator if random_image_crops else None)
     return sample
+
+
+class ImageFiles(Sequence):
+    """The pictures of a set, each looked up when it is asked for: its path, or its bytes where it lies inside the set.
+
+    Args:
+        rows: of `load_rows` or `load_set`.
+        data_root: as for `read_triplet`.
+    """
+
+    def __init__(self, rows: Sequence[dict], data_root: PathLike) -> None:
+        self.rows, self.data_root = rows.select_columns("image"), data_root
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> str | bytes:
+        file = locate(self.rows[index]["image"], self.data_root)
+        return file.content if isinstance(file, EmbeddedFile) else str(file)
 
 
 class TripletDataset(Dataset):
@@ -428,60 +254,120 @@ class TripletDataset(Dataset):
         return self.read(self.rows[index], epoch=self.epoch)
 
 
-class TripletStream(IterableDataset):
-    """Streamed set of triplets that yields whole batches, for a `DataLoader` with `batch_size=None`.
+def push_triplets(
+    rows: Iterable[dict],
+    repo_id: str,
+    data_root: PathLike,
+    split: str = "train",
+    config_name: str = "default",
+    max_shard_size: str = "500MB",
+    private: bool | None = None,
+    token: str | None = None,
+) -> str:
+    """Publishes triplets as a set on the Hub: Parquet with `Image` and `Audio` features, which `load_set` reads.
 
-    Processes share every `batch_size * num_processes` rows, whichever worker reads; an incomplete rest is left out.
-
-    Args:
-        rows: of `load_rows` with `streaming=True`.
-        read: `read_triplet` with its arguments bound by `functools.partial`.
-        batch_size: of each process.
-        process_index: the number of this process, from 0.
-        num_processes: how many share the set.
-    """
-
-    def __init__(self, rows, read: Callable, batch_size: int, process_index: int = 0, num_processes: int = 1) -> None:
-        self.rows, self.read, self.epoch = rows, read, 0
-        self.own_rows = slice(process_index * batch_size, (process_index + 1) * batch_size)
-        self.shared_batch_size = batch_size * num_processes
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the order and the crops of `epoch`; call it before an epoch's iterator is made."""
-        self.rows.set_epoch(epoch)
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[dict]:
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        shared_batches = self.rows.iter(self.shared_batch_size, drop_last_batch=True)
-        for columns in islice(shared_batches, first, None, step):
-            rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
-            yield default_collate([self.read(row, epoch=self.epoch) for row in rows[self.own_rows]])
-
-
-def convert_musiccaps(path: PathLike, clips: PathLike, images: PathLike, output: PathLike) -> list[tuple[int, str]]:
-    """Joins MusicCaps' CSV file with folders of its clips and of pictures into a set that `load_rows` reads.
+    Every row is looked up before anything is sent. A clip with `start` or `duration` is cut out, as FLAC of 16 bits;
+    all other files are published as they are.
 
     Args:
-        path: MusicCaps' CSV file (`ytid,start_s,end_s,...,caption`).
-        clips: folder of the clips, already cut from `start_s` to `end_s`, named `<ytid>.wav` (or flac, mp3, m4a, ...).
-        images: folder of the pictures, named `<ytid>.jpg` (or png, ...).
-        output: the `.jsonl` file to write, in a folder that holds both folders.
+        rows: of `load_rows` or `load_set`.
+        repo_id: such as `"user/set"`; made if it does not exist.
+        data_root: the folder that all files must lie in, or `set_root` of a set.
+        split: of the set; others that are there stay.
+        config_name: of the set, where it has several.
+        max_shard_size: about the size of each file.
+        private: whether a new repository is; `None` leaves it to the Hub.
+        token: of the Hub; `None` takes the one of `hf auth login`.
 
     Returns:
-        Row number and message of the rows of the CSV file that are left out.
+        The address of the commit.
+
+    Raises:
+        ImportError: if `datasets` is not installed.
+        ValueError: if a row has a problem, naming it, or there are no rows.
     """
-    root, lines, problems = Path(output).resolve().parent, [], []
-    folders = {"image": Path(images).resolve(), "audio": Path(clips).resolve()}
-    files = {name: {file.stem: str(file.relative_to(root)) for file in folders[name].iterdir()} for name in folders}
-    for number, record in enumerate(read_records(path, **find_table_format(path))):
-        if not isinstance(record, dict) or not {"ytid", "caption"} <= record.keys():
-            raise ValueError(f"{str(path)!r} needs the columns `ytid` and `caption`, row {number} is {record!r:.80}")
-        row = {name: files[name].get(record["ytid"]) for name in files} | {"caption": record["caption"]}
-        missing = [f"no {name} {record['ytid']}.* in {str(folders[name])!r}" for name in files if not row[name]]
-        problems += [(number, message) for message in missing]
-        lines += [] if missing else [json.dumps(row) + "\n"]
-    with atomic_write(output) as temporary:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("Publishing a set of triplets needs `datasets`: pip install datasets") from error
+    records = [_published_record(row, data_root) for row in logging.tqdm(rows, desc="Looking up", unit=" rows")]
+    if not records:
+        raise ValueError("`rows` holds no rows: there is nothing to publish.")
+    published = datasets.Dataset.from_list(records)
+    published = published.cast_column("image", datasets.Image()).cast_column("audio", datasets.Audio())
+    options = {"config_name": config_name, "split": split, "max_shard_size": max_shard_size, "private": private}
+    return published.push_to_hub(repo_id, token=token, **options).commit_url
+
+
+def _published_record(row: dict, data_root: PathLike) -> dict:
+    """Gives a row of `load_rows` as `push_triplets` publishes it; a `ValueError` names a row with a problem."""
+    try:
+        if row["problem"]:
+            raise ValueError(row["problem"])
+        image, audio = (locate(row[column], data_root) for column in ("image", "audio"))
+        if row["start"] or row["duration"]:
+            audio = _cut_out(audio, row["start"] or 0.0, row["duration"])
+    except ValueError as error:
+        raise ValueError(f"Row {row['row']}: {error}") from error
+    record = {"image": _embeddable(image), "audio": _embeddable(audio), "caption": row["caption"]}
+    return record | {column: row[column] for column in ("genre", "split") if row[column] is not None}
+
+
+def _cut_out(path: Path | EmbeddedFile, start: float, duration: float | None) -> EmbeddedFile:
+    """Cuts a stretch, in seconds, out of a sound file, as FLAC of 16 bits."""
+    waveform, sampling_rate = load_audio(path, start, duration)
+    file = BytesIO()
+    soundfile.write(file, waveform.T.numpy(), sampling_rate, format="FLAC", subtype="PCM_16")
+    return EmbeddedFile(file.getvalue(), f"{Path(str(path)).stem}-{start:g}.flac")
+
+
+def _embeddable(file: Path | EmbeddedFile) -> dict:
+    """Gives a file as `datasets` stores it: a path is read when it is published."""
+    if isinstance(file, EmbeddedFile):
+        return {"bytes": file.content, "path": Path(file.name).name}
+    return {"bytes": None, "path": str(file)}
+
+
+def export_triplets(rows: Iterable[dict], folder: PathLike, data_root: PathLike) -> Path:
+    """Writes a set as files: its pictures and clips, named by their content, and `triplets.jsonl`.
+
+    What is there already is not written again.
+
+    Args:
+        rows: of `load_set`.
+        folder: is made.
+        data_root: `set_root` of the set.
+
+    Returns:
+        The path of `triplets.jsonl`, which `load_rows` reads; its rows have the numbers that they have in the set.
+
+    Raises:
+        ValueError: if a file is missing, naming its row.
+    """
+    folder, lines = Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in logging.tqdm(rows, desc="Writing files", unit=" rows"):
+        try:
+            files = {column: export_file(locate(row[column], data_root), folder) for column in ("image", "audio")}
+        except ValueError as error:
+            raise ValueError(f"Row {row['row']}: {error}") from error
+        kept = {name: row[name] for name in ("caption", "start", "duration", "genre", "split")}
+        lines.append(json.dumps({name: value for name, value in (kept | files).items() if value is not None}) + "\n")
+    with atomic_write(folder / "triplets.jsonl") as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
-    return problems
+    return folder / "triplets.jsonl"
+
+
+def export_file(file: Path | EmbeddedFile, folder: Path) -> str:
+    """Writes `file`, of `locate`, into `folder` under a name made of its content.
+
+    Returns:
+        The name.
+    """
+    content = file.content if isinstance(file, EmbeddedFile) else file.read_bytes()
+    suffix = Path(str(file)).suffix or (".m4a" if content[4:8] == b"ftyp" else "")
+    name = hashlib.sha256(content).hexdigest()[:32] + suffix.lower()
+    if not (folder / name).is_file():
+        with atomic_write(folder / name) as temporary:
+            temporary.write_bytes(content)
+    return name

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,17 +133,29 @@ class TrajectoryCache:
         weights = hash_weights(self.pipe.image_vae, self.pipe.image_unet, self.pipe.image_text_encoder)
         return hashlib.sha256(json.dumps(settings).encode() + weights).digest()
 
-    def path(self, image_path: str) -> Path:
-        """Names the file of the picture `image_path`, whether it exists or not."""
-        if image_path not in self._paths:
-            digest = hashlib.sha256(self._fingerprint + Path(image_path).read_bytes()).hexdigest()
-            self._paths[image_path] = self.folder / f"{digest}.safetensors"
-        return self._paths[image_path]
+    def path(self, image_file: str | bytes) -> Path:
+        """Names the file of the trajectory of the picture `image_file`, a path or encoded; it need not exist."""
+        if isinstance(image_file, bytes):
+            return self.folder / f"{hashlib.sha256(self._fingerprint + image_file).hexdigest()}.safetensors"
+        if image_file not in self._paths:
+            self._paths[image_file] = self.path(Path(image_file).read_bytes())
+        return self._paths[image_file]
 
-    def missing(self, image_paths: Sequence[str]) -> list[str]:
-        """Lists those of `image_paths` whose trajectories are not there yet, each content once."""
-        by_file = {self.path(image_path): image_path for image_path in image_paths}
-        return [image_path for file, image_path in by_file.items() if not file.is_file()]
+    def missing(self, image_files: Sequence[str | bytes], process_index: int = 0, num_processes: int = 1) -> list[int]:
+        """Lists what is not there yet, each content once.
+
+        Args:
+            image_files: The pictures, as paths or encoded.
+            process_index: The number of this process, from 0.
+            num_processes: How many processes share the pictures.
+
+        Returns:
+            The positions in `image_files` of this process's share of them that have no trajectory.
+        """
+        by_file = {self.path(image_file): position for position, image_file in enumerate(image_files)}
+        # Shared out before looking: processes that look at different moments would not agree on what is missing.
+        own = list(by_file.items())[process_index::num_processes]
+        return [position for file, position in own if not file.is_file()]
 
     def nbytes(self, num_images: int) -> int:
         """Gives the size of `num_images` trajectories on disk, in bytes."""
@@ -151,49 +164,53 @@ class TrajectoryCache:
 
     @torch.no_grad()
     def build(
-        self, image_paths: Sequence[str], batch_size: int = 4, process_index: int = 0, num_processes: int = 1
+        self, image_files: Sequence[str | bytes], batch_size: int = 4, process_index: int = 0, num_processes: int = 1
     ) -> None:
         """Computes what is missing, with a progress bar; may be stopped and repeated.
 
         Args:
-            image_paths: The pictures.
+            image_files: The pictures, as paths or encoded.
             batch_size: How many are inverted at once.
             process_index: The number of this process, from 0.
             num_processes: How many processes share the work.
         """
-        # Shared out before asking what is missing: while the others work, the answer changes.
-        own = self.missing(list(dict.fromkeys(image_paths))[process_index::num_processes])
+        own = self.missing(image_files, process_index, num_processes)
         with tqdm(total=len(own), desc="Inverting pictures", disable=not own) as bar:
             for start in range(0, len(own), batch_size):
-                chunk = own[start : start + batch_size]
-                for image_path, trajectory in zip(chunk, self._invert(chunk)):
-                    _write_tensor("latents", trajectory, self.path(image_path))
+                chunk = [image_files[position] for position in own[start : start + batch_size]]
+                for image_file, trajectory in zip(chunk, self._invert(chunk)):
+                    _write_tensor("latents", trajectory, self.path(image_file))
                 bar.update(len(chunk))
 
-    def _invert(self, image_paths: Sequence[str]) -> torch.Tensor:
-        latents = self.pipe.prepare_image_latents([Image.open(path) for path in image_paths], self.image_size)
+    def _invert(self, image_files: Sequence[str | bytes]) -> torch.Tensor:
+        latents = self.pipe.prepare_image_latents([open_picture(file) for file in image_files], self.image_size)
         prompt_embeds = self.pipe.encode_image_prompt("", len(latents))
         prediction_type = self.pipe.image_scheduler.config.prediction_type
         walk = ddim_walk(self.pipe.image_unet, latents, prompt_embeds, self.levels, prediction_type)
         return torch.stack([latents, *(reached for _, reached in walk)], dim=1).to(torch.float16).cpu()
 
-    def read(self, image_paths: Sequence[str], timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, image_files: Sequence[str | bytes], timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads each picture's latents nearest to its timestep; what is missing is computed first.
 
         Args:
-            image_paths: B pictures.
+            image_files: B pictures, as paths or encoded.
             timesteps: `[B]`.
 
         Returns:
             `z_{t_i}^I`, float32 `[B, channels, height, width]`, and `t_i` `[B]`, both on the CPU.
         """
-        self.build(image_paths)
+        self.build(image_files)
         steps = (self.timesteps - timesteps.cpu()[:, None]).abs().argmin(dim=1)
         latents = []
-        for image_path, step in zip(image_paths, steps.tolist()):
-            with safe_open(self.path(image_path), framework="pt") as file:
+        for image_file, step in zip(image_files, steps.tolist()):
+            with safe_open(self.path(image_file), framework="pt") as file:
                 latents.append(file.get_slice("latents")[step].float())
         return torch.stack(latents), self.timesteps[steps]
+
+
+def open_picture(image_file: str | bytes) -> Image.Image:
+    """Opens the picture `image_file`, a path or encoded."""
+    return Image.open(BytesIO(image_file) if isinstance(image_file, bytes) else image_file)
 
 
 def hash_weights(*models: nn.Module) -> bytes:
@@ -408,7 +425,7 @@ class MelFusionObjective(nn.Module):
 
         Args:
             batch: `waveforms` `[B, samples]` at `pipe.sampling_rate`, `captions` (B texts), `indices` `[B]`, and
-                `image_paths` (with trajectories) or `pixel_values` `[B, 3, S, S]` in [-1, 1] (without).
+                `image_files` (with trajectories) or `pixel_values` `[B, 3, S, S]` in [-1, 1] (without).
             step: The optimisation step, which keys the randomness.
             synapse_scale: Multiplies every alpha, as in a call of the pipeline; 0 takes the pictures away.
 
@@ -458,7 +475,7 @@ class MelFusionObjective(nn.Module):
     def _image_latents(self, batch: dict, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
         device = self.pipe.image_unet.device
         if self.trajectories is not None:
-            latents, timesteps = self.trajectories.read(batch["image_paths"], draw.timesteps)
+            latents, timesteps = self.trajectories.read(batch["image_files"], draw.timesteps)
             return latents.to(device), timesteps.to(device)
         pixel_values = batch["pixel_values"].to(device, self.pipe.image_vae.dtype)
         latents = self.pipe.image_vae.encode(pixel_values).latent_dist.mode().float()

@@ -156,6 +156,10 @@ def use_hub(home: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
         # transformers 5.0 does not keep its client yet.
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
+        if "datasets" in sys.modules:
+            configuration = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": False, "HF_DATASETS_CACHE": home / "sets"}
+            for name, value in configuration.items():
+                monkeypatch.setattr(sys.modules["datasets"].config, name, value)
         for module in (diffusers.utils.dynamic_modules_utils, transformers.dynamic_module_utils):
             monkeypatch.setattr(module, "HF_MODULES_CACHE", str(home / "modules"))
         # What other Hubs of this process gave must not be found first.

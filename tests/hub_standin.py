@@ -1,7 +1,8 @@
 """A loopback stand-in for the Hugging Face Hub, to which unchanged clients publish and from which they load.
 
-It serves model repositories as far as `huggingface_hub` 2 asks: text travels inside a commit, weights through Git LFS,
-every commit stays loadable by its hash, errors carry the Hub's codes. Not served: Xet, branches, datasets and Spaces.
+It serves repositories of models and datasets as far as `huggingface_hub` 2 and `datasets` 5 ask: text travels inside a
+commit, weights and tables through Git LFS, every commit stays loadable by its hash, errors carry the Hub's codes. The
+name of a dataset begins with `datasets/` here. Not served: Xet, branches, the dataset viewer and Spaces.
 """
 
 import base64
@@ -12,11 +13,11 @@ from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from threading import Lock, Thread
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 import yaml
 
-REPO_ID = "(?P<repo_id>[^/]+(?:/[^/]+)?)"
+REPO_ID = "(?P<repo_id>(?:datasets/)?[^/]+(?:/[^/]+)?)"
 REVISION = "(?P<revision>[^/]+)"
 
 
@@ -110,6 +111,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         ("POST", "/api/repos/create", "create_repo"),
         ("GET", f"/api/models/{REPO_ID}(?:/revision/{REVISION})?", "model_info"),
         ("GET", f"/api/models/{REPO_ID}/tree/{REVISION}(?:/(?P<path>.+))?", "tree"),
+        ("POST", f"/api/models/{REPO_ID}/paths-info/{REVISION}", "paths_info"),
         ("POST", f"/api/models/{REPO_ID}/preupload/{REVISION}", "preupload"),
         ("POST", f"/api/models/{REPO_ID}/commit/{REVISION}", "commit"),
         ("POST", f"/{REPO_ID}.git/info/lfs/objects/batch", "lfs_batch"),
@@ -144,6 +146,8 @@ class HubRequestHandler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
     def dispatch(self, path: str) -> tuple[bytes, int, dict]:
+        if path.startswith("/api/datasets/"):
+            path = path.replace("/api/datasets/", "/api/models/datasets/", 1)
         if self.headers.get("Authorization") not in (None, f"Bearer {self.hub.token}"):
             raise HubError(401, "Invalid credentials in Authorization header")
         for methods, pattern, name in self.routes:
@@ -173,6 +177,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
     def create_repo(self) -> dict:
         options = json.loads(self.body)
         repo_id = f"{options['organization'] or self.hub.user}/{options['name']}"
+        repo_id = f"datasets/{repo_id}" if options.get("type") == "dataset" else repo_id
         url = f"{self.hub.endpoint}/{repo_id}"
         if repo_id in self.hub.repositories:
             raise HubError(409, "You already created this model repo", url=url)
@@ -183,21 +188,32 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         repository = self.find(repo_id)
         files = repository.files(revision)
         card = read_metadata(files.get("README.md", b"").decode())
-        info = {"id": repo_id, "sha": repository.resolve(revision), "private": repository.private, "cardData": card}
+        info = {"id": repo_id.removeprefix("datasets/"), "sha": repository.resolve(revision)}
+        info |= {"private": repository.private, "cardData": card}
         blobs = "blobs=true" in self.query
         siblings = [{"rfilename": path} | (describe(path, files[path], "blobId") if blobs else {}) for path in files]
         return info | {"siblings": siblings} | {name: card[name] for name in card if name in ("library_name", "tags")}
 
     def tree(self, repo_id: str, revision: str, path: str = ".") -> list[dict]:
-        files = self.find(repo_id).files(revision)
-        entries = {name: {"type": "file", "path": name} | describe(name, files[name], "oid") for name in files}
-        for folder in {parent for name in files for parent in list_parents(name)[:-1]}:
-            entries[folder] = {"type": "directory", "path": folder, "size": 0, "oid": hash_files(files, folder)}
+        entries = self.entries(repo_id, revision)
         depth = None if "recursive=true" in self.query else 1
         listed = [entries[name] for name in sorted(entries) if path in list_parents(name)[:depth]]
         if not listed:
             raise HubError(404, f"{path} does not exist on {revision}", "EntryNotFound")
         return listed
+
+    def entries(self, repo_id: str, revision: str) -> dict[str, dict]:
+        """Describes files and folders by their paths, as listings do."""
+        files = self.find(repo_id).files(revision)
+        entries = {name: {"type": "file", "path": name} | describe(name, files[name], "oid") for name in files}
+        for folder in {parent for name in files for parent in list_parents(name)[:-1]}:
+            entries[folder] = {"type": "directory", "path": folder, "size": 0, "oid": hash_files(files, folder)}
+        return entries
+
+    def paths_info(self, repo_id: str, revision: str) -> list[dict]:
+        entries = self.entries(repo_id, revision)
+        form = parse_qs(self.body.decode()) if b"{" not in self.body[:1] else json.loads(self.body)
+        return [entries[path] for path in form["paths"] if path in entries]
 
     def preupload(self, repo_id: str, revision: str) -> dict:
         files = self.find(repo_id).files(revision)
@@ -261,7 +277,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
 
 def is_lfs(path: str, content: bytes) -> bool:
     """Whether a file is kept by Git LFS: weights, and what git takes for binary."""
-    return bool(content) and (path.endswith(".safetensors") or b"\0" in content[:512])
+    return bool(content) and (path.endswith((".safetensors", ".parquet")) or b"\0" in content[:512])
 
 
 def hash_blob(content: bytes) -> str:

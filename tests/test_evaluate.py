@@ -5,6 +5,7 @@ import socket
 import time
 from pathlib import Path
 
+import datasets
 import evaluate
 import numpy as np
 import PIL.Image
@@ -194,6 +195,28 @@ def test_the_real_clips_themselves_are_at_no_distance(triplets, models, tmp_path
     assert "| - | - | - |" in table and "- FAD, FAD-inf, KAD: log-mel (fixed, no learned weights)" in table
     assert "- CLAP: needs --clap_model\n" in table and "needs --clap_model and --clip_model" in table
     assert "FAD-inf: comes out too low: 6 clips" in table
+
+
+def test_a_set_of_datasets_is_scored_as_its_files(triplets, tmp_path):
+    folder, lines = Path(triplets).parent, Path(triplets).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    files = [
+        {key: {"bytes": (folder / row[key]).read_bytes(), "path": row[key]} for key in ("image", "audio")}
+        for row in rows
+    ]
+    embedded = [file | {"text": row["caption"]} for row, file in zip(rows, files)]
+    datasets.Dataset.from_list(embedded).save_to_disk(str(tmp_path / "set"))
+    clips = write_clips(tmp_path / "tones")
+    given = ("--score", f"tones={clips}", "--audio_length_in_s", "1")
+    expected = run(triplets, tmp_path / "files", *given)
+    output = tmp_path / "set-scored"
+    flags = ["--dataset_name", str(tmp_path / "set"), "--caption_column", "text", "--output", str(output)]
+    evaluate.main([*flags, *given])
+    results = json.loads((output / "results.json").read_text())
+    assert results["systems"] == expected["systems"]
+    assert results["settings"]["triplets"] == f"{tmp_path / 'set'} (test)"
+    with pytest.raises(SystemExit):
+        evaluate.main([*flags, *given, "--triplets", triplets])
 
 
 def test_imsm_takes_a_fixed_list_of_captions(complete, triplets, models, tmp_path):

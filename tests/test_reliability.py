@@ -260,7 +260,7 @@ def test_a_full_disk_leaves_no_half_of_a_trajectory(pipe, tmp_path):
     picture = [str(tmp_path / "picture.png")]
     message = on_a_full_disk(lambda: cache.build(picture), 500)
     assert message.startswith("OSError") and "cannot be written" in message
-    assert not contents(tmp_path / "cache") and cache.missing(picture) == picture
+    assert not contents(tmp_path / "cache") and cache.missing(picture) == [0]
 
 
 # ------------------------------------------------------------------------------------------------------- time

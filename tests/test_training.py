@@ -38,7 +38,7 @@ def make_batch(folder, size: int) -> dict:
         "waveforms": torch.randn(size, 10240) * 0.1,
         "captions": [f"music number {index}" for index in range(size)],
         "indices": torch.arange(size) + 100,
-        "image_paths": [str(path) for path in paths],
+        "image_files": [str(path) for path in paths],
         "pixel_values": torch.rand(size, 3, 32, 32) * 2 - 1,
     }
 
@@ -233,14 +233,14 @@ def test_trajectories_are_the_latents_at_which_the_pipeline_records(training_pip
     assert cache.timesteps.tolist() == [0, 332, 666]
     features = pipe.encode_image(photograph(0, 40, 36), num_inversion_steps=STEPS, image_size=32)
     assert features.timesteps.tolist() == cache.timesteps.tolist()
-    latents, timesteps = cache.read(batch["image_paths"][:1] * 3, torch.tensor([10, 350, 999]))
+    latents, timesteps = cache.read(batch["image_files"][:1] * 3, torch.tensor([10, 350, 999]))
     assert timesteps.tolist() == [0, 332, 666]
     layer = pipe.synapse.config.image_layers[0]
     objective = make_objective(pipe, tmp_path)
     recorded, _ = record(pipe, latents, timesteps)
     # The cache is float16.
     assert_near(recorded[layer].half(), features.keys[layer][:, 0].half(), steps=10)
-    assert objective.trajectories.missing(batch["image_paths"][:1]) == []
+    assert objective.trajectories.missing(batch["image_files"][:1]) == []
 
 
 def record(pipe, latents, timesteps):
@@ -252,11 +252,11 @@ def record(pipe, latents, timesteps):
 
 
 def test_the_cache_is_keyed_by_content_settings_and_models_and_is_resumable(training_pipe, batch, tmp_path):
-    pipe, paths = training_pipe, batch["image_paths"]
+    pipe, paths = training_pipe, batch["image_files"]
     cache = TrajectoryCache(tmp_path / "cache", pipe, STEPS, 32)
-    assert cache.missing(paths) == paths
+    assert cache.missing(paths) == [0, 1, 2, 3]
     cache.build(paths, batch_size=3, process_index=0, num_processes=2)
-    assert cache.missing(paths) == paths[1::2]
+    assert cache.missing(paths) == [1, 3]
     # A process that begins when another is done has its own half to do all the same.
     cache.build(paths, process_index=1, num_processes=2)
     assert cache.missing(paths) == []
@@ -271,11 +271,11 @@ def test_the_cache_is_keyed_by_content_settings_and_models_and_is_resumable(trai
     assert [file.stat().st_mtime_ns for file in files] == stamps
     photograph(0, 40, 36).save(tmp_path / "copy.png")
     assert again.missing([str(tmp_path / "copy.png")]) == []
-    assert TrajectoryCache(tmp_path / "cache", pipe, STEPS + 1, 32).missing(paths) == paths
-    assert TrajectoryCache(tmp_path / "cache", pipe, STEPS, 48).missing(paths) == paths
+    assert TrajectoryCache(tmp_path / "cache", pipe, STEPS + 1, 32).missing(paths) == [0, 1, 2, 3]
+    assert TrajectoryCache(tmp_path / "cache", pipe, STEPS, 48).missing(paths) == [0, 1, 2, 3]
     with torch.no_grad():
         pipe.image_unet.conv_in.bias[0] += 1e-3
-    assert TrajectoryCache(tmp_path / "cache", pipe, STEPS, 32).missing(paths) == paths
+    assert TrajectoryCache(tmp_path / "cache", pipe, STEPS, 32).missing(paths) == [0, 1, 2, 3]
 
 
 def test_a_clip_is_encoded_once_and_its_latents_are_those_of_the_front_end(training_pipe, batch, tmp_path):
