@@ -2,12 +2,15 @@
 
 python benchmarks/overfitting.py --train unet --output build
 python benchmarks/overfitting.py --train unet --family audioldm2 --steps 300 --output build
+python benchmarks/overfitting.py --train lora --steps 500 --output build
 
 Prints the loss on fixed timesteps and noise before and after, with the pictures shuffled and at alpha = 0, as paired
-differences with 95% intervals, and draws the curves.
+differences with 95% intervals, and draws the curves. `--train lora` first trains the music UNet on other clips, as a
+public one is trained, then from there once all of it and once a LoRA of rank 8, and says the share of the gain it has.
 """
 
 import argparse
+import copy
 import sys
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from melfusion_pipeline import MelFusionPipeline, VisualSynapse
+from melfusion_pipeline.adapters_melfusion import add_lora
 from melfusion_pipeline.audio import waveform_to_latents
 from melfusion_pipeline.metrics import bootstrap_interval
 from melfusion_pipeline.training import MelFusionObjective, TrajectoryCache, freeze
@@ -32,13 +36,15 @@ COPIES = 4
 # What is trained: steps, and learning rates by part. Alone, the synapse gains from a lower rate and more steps.
 UNET = {"steps": 1500, "rates": {"synapse": 1e-2, "unet": 2e-3}}
 SYNAPSE = {"steps": 4000, "rates": {"synapse": 5e-3}}
+LORA = {"steps": 1500, "rates": {"synapse": 1e-2, "lora": 1e-2}}
+MAJOR, MINOR = (0, 4, 7), (0, 3, 7)
 
 
-def make_triplets() -> dict:
-    """Eight photographs, each with a chord of its own; the captions say nothing of which is which."""
+def make_triplets(chord: tuple[int, ...] = MAJOR) -> dict:
+    """Eight photographs, each with a chord on a root of its own; the captions say nothing of which is which."""
     paths = sorted((ROOT / "examples" / "images").glob("*.jpg"))[:TRIPLETS]
     times = np.arange(SAMPLES) / 16000
-    chords = [[220 * 2 ** ((3 * index + step) / 12) for step in (0, 4, 7)] for index in range(len(paths))]
+    chords = [[220 * 2 ** ((3 * index + step) / 12) for step in chord] for index in range(len(paths))]
     waveforms = [sum(np.sin(2 * np.pi * note * times) for note in chord) * 0.15 for chord in chords]
     # Each several times in a batch, with its own timestep and noise.
     return {
@@ -126,7 +132,7 @@ def run(
     steps: int | None,
 ) -> list[tuple[int, float]]:
     """Trains one model and reports what it learnt; returns the curve."""
-    settings = UNET if trainable == "unet" else SYNAPSE
+    settings = {"unet": UNET, "lora": LORA, "synapse": SYNAPSE}[trainable]
     settings = {**settings, "steps": steps or settings["steps"]}
     freeze(pipe, trainable)
     trajectories = TrajectoryCache(folder / "trajectories", pipe, 10, 32)
@@ -140,11 +146,27 @@ def run(
     return curve
 
 
+def run_lora(pipe: MelFusionPipeline, triplets: dict, folder: Path, steps: int | None) -> dict[str, list]:
+    """Trains a music UNet on other clips, then from there all of it and a LoRA; returns the curves of both."""
+    run("other clips, text only", pipe, "unet", make_triplets(MINOR), folder, image_dropout=1.0, steps=steps)
+    weights, curves = copy.deepcopy(pipe.unet.state_dict()), {}
+    for trainable in ("unet", "lora"):
+        pipe.unet.load_state_dict(weights)
+        pipe.synapse.reset_parameters()
+        if trainable == "lora":
+            add_lora(pipe.unet, rank=8)
+        curve = run(trainable, pipe, trainable, triplets, folder, image_dropout=0.1, steps=steps)
+        curves[f"--train {trainable}"] = curve
+    gains = {name: curve[0][1] - curve[-1][1] for name, curve in curves.items()}
+    print(f"the LoRA has {gains['--train lora'] / gains['--train unet']:.1%} of the gain", flush=True)
+    return curves
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", choices=("unet", "synapse"), required=True)
+    parser.add_argument("--train", choices=("unet", "lora", "synapse"), required=True)
     parser.add_argument("--family", choices=tuple(FAMILIES), default="audioldm", help="of the music model")
-    parser.add_argument("--steps", type=int, help="instead of 1,500 with the music UNet, 4,000 of the synapse alone")
+    parser.add_argument("--steps", type=int, help="instead of 1,500 (with the music UNet), 4,000 (synapse alone)")
     parser.add_argument("--output", type=Path, default=Path("build"))
     args = parser.parse_args()
     triplets = make_triplets()
@@ -153,6 +175,8 @@ def main() -> None:
         curves = {
             "--train unet": run("unet", pipe, "unet", triplets, args.output, image_dropout=0.1, steps=args.steps)
         }
+    elif args.train == "lora":
+        curves = run_lora(pipe, triplets, args.output, args.steps)
     else:
         curves = {
             "music UNet, text only": run(

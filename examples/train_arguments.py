@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffusers.optimization import SchedulerType
 
+from melfusion_pipeline.adapters_melfusion import ATTENTION
 from melfusion_pipeline.data import COLUMNS
 from melfusion_pipeline.training import TRAINABLE
 
@@ -20,6 +21,8 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
     add_training_arguments(parser.add_argument_group("training"))
     add_output_arguments(parser.add_argument_group("checkpoints, validation, publishing"))
     args = parser.parse_args(arguments)
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if args.train == "lora" else 3e-5
     if problems := list(find_problems(args)):
         parser.error("\n  ".join(["wrong arguments:", *problems]))
     args.train_data = args.train_data or args.dataset_name
@@ -60,11 +63,16 @@ def add_data_arguments(group) -> None:
 
 
 def add_training_arguments(group) -> None:
-    group.add_argument("--train", choices=tuple(TRAINABLE), default="synapse", help="unet: synapse and music UNet")
+    group.add_argument(
+        "--train", choices=tuple(TRAINABLE), default="synapse", help="lora or all of the music UNet too"
+    )
+    group.add_argument("--rank", type=int, help="of the LoRA (default: 8, or that of the one beside --synapse)")
+    group.add_argument("--lora_alpha", type=float, help="LoRA's strength is lora_alpha / rank (default: the rank)")
+    group.add_argument("--lora_targets", nargs="+", help=f"ends of layers' names (default: {' '.join(ATTENTION)})")
     group.add_argument("--train_batch_size", type=int, default=4, help="on each device")
     group.add_argument("--gradient_accumulation_steps", type=int, default=1)
     group.add_argument("--max_train_steps", type=int, default=10_000)
-    group.add_argument("--learning_rate", type=float, default=3e-5, help="of the music UNet")
+    group.add_argument("--learning_rate", type=float, help="of the music UNet (default: 3e-5), of its LoRA (1e-4)")
     group.add_argument("--synapse_learning_rate", type=float, default=1e-3)
     group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="constant")
     group.add_argument("--lr_warmup_steps", type=int, default=0)
@@ -120,6 +128,9 @@ def find_problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--dataset_config_name needs --dataset_name"
     if args.validation_split and not (args.validation_data or args.dataset_name):
         yield "--validation_split needs --validation_data or --dataset_name"
+    for name in ("rank", "lora_alpha", "lora_targets"):
+        if getattr(args, name) is not None and args.train != "lora":
+            yield f"--{name} needs --train lora"
     for name in ("train_data", "validation_data"):
         path = getattr(args, name)
         if path is not None and not Path(path).is_file():
@@ -137,6 +148,6 @@ def find_problems(args: argparse.Namespace) -> Iterator[str]:
     for name in ("text_dropout", "image_dropout", "ema_decay"):
         if not 0 <= getattr(args, name) <= 1:
             yield f"--{name} must lie in [0, 1], got {getattr(args, name)}"
-    for name in ("snr_gamma", "checkpoints_total_limit", "resolution"):
+    for name in ("snr_gamma", "rank", "lora_alpha", "checkpoints_total_limit", "resolution"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             yield f"--{name} must be above 0, got {getattr(args, name)}"

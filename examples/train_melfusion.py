@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.optimization import get_scheduler
-from publish import Publication, read_training, upload, write_model_card, write_training
+from model_card import TRAINED, Publication, read_training, write_model_card, write_training
+from publish import upload
 from tqdm.auto import tqdm
 from train_arguments import parse_arguments
 from train_checkpoints import EMA, resume, save_checkpoint
@@ -27,16 +29,17 @@ from train_state import State, whole
 from train_validation import validate
 
 from melfusion_pipeline import MelFusionPipeline
+from melfusion_pipeline.adapters_melfusion import ATTENTION, add_lora, lora_layers, lora_of_unet
 from melfusion_pipeline.audio import Spectrogram
 from melfusion_pipeline.data import ImageFiles
 from melfusion_pipeline.files_melfusion import atomic_write, staged_folder
 from melfusion_pipeline.training import (
-    TRAINABLE,
     MelFusionObjective,
     MusicLatentCache,
     TrajectoryCache,
     enable_gradient_checkpointing,
     freeze,
+    trained_parts,
 )
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,10 +54,30 @@ SMALLEST_LOSS_SCALE = 2.0**-20
 
 def load_pipeline(args: argparse.Namespace) -> MelFusionPipeline:
     if args.pretrained_model_name_or_path:
-        return MelFusionPipeline.from_pretrained(args.pretrained_model_name_or_path, variant=args.variant)
-    return MelFusionPipeline.from_base_models(
-        args.pretrained_image_model, args.pretrained_music_model, synapse=args.synapse, variant=args.variant
-    )
+        pipe = MelFusionPipeline.from_pretrained(args.pretrained_model_name_or_path, variant=args.variant)
+    else:
+        pipe = MelFusionPipeline.from_base_models(
+            args.pretrained_image_model, args.pretrained_music_model, synapse=args.synapse, variant=args.variant
+        )
+    prepare_lora(args, pipe)
+    return pipe
+
+
+def prepare_lora(args: argparse.Namespace, pipe: MelFusionPipeline) -> None:
+    """Installs the LoRA that is to be trained, or goes on with the one that came with the synapse."""
+    found = next(iter(getattr(pipe.unet, "peft_config", {}).values()), None)
+    if args.train == "unet" and found is not None:
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    if args.train != "lora":
+        return
+    if found is None:
+        add_lora(pipe.unet, args.rank or 8, args.lora_alpha, args.lora_targets or ATTENTION, args.seed)
+    elif args.lora_targets or args.rank not in (None, found.r) or args.lora_alpha not in (None, found.lora_alpha):
+        raise ValueError(
+            f"The LoRA beside --synapse has rank {found.r} and alpha {found.lora_alpha}: to go on with it, leave"
+            " --rank, --lora_alpha and --lora_targets out."
+        )
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -89,7 +112,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
 
 
 def make_optimizer(objective: MelFusionObjective, args: argparse.Namespace, accelerator: Accelerator):
-    rates = {"synapse": args.synapse_learning_rate, "unet": args.learning_rate}
+    rates = {"synapse": args.synapse_learning_rate, "lora": args.learning_rate, "unet": args.learning_rate}
     groups = [{"params": list(part.parameters()), "lr": rates[name]} for name, part in objective.trained.items()]
     # A fused step looks for overflows by itself, and accelerate does not learn that it was skipped.
     fused = accelerator.device.type in FUSED and accelerator.scaler is None
@@ -260,20 +283,35 @@ def finish(state: State) -> None:
     if accelerator.is_main_process:
         # Loaded anew: the frozen parts of the pipeline that was trained have been cast.
         pipe = load_pipeline(args)
-        for name in TRAINABLE[args.train]:
+        for name, part in trained_parts(pipe, args.train).items():
             prefix = f"trained.{name}."
-            part = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-            getattr(pipe, name).load_state_dict(part)
+            part.load_state_dict(
+                {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+            )
         pipe.synapse.register_to_config(
             image_latents=args.image_latents,
             num_inversion_steps=args.num_inversion_steps if args.image_latents == "inversion" else None,
             image_size=args.resolution,
         )
-        pipe.save_pretrained(args.output_dir)
+        save_pipeline(args, pipe)
         describe_pipeline(args, pipe)
         if args.push_to_hub:
             upload(args.output_dir, args.hub_model_id)
     accelerator.end_training()
+
+
+def save_pipeline(args: argparse.Namespace, pipe: MelFusionPipeline) -> None:
+    """Saves the pipeline with its LoRA fused; beside the synapse the LoRA itself, for base models as they were."""
+    lora = lora_of_unet(pipe.unet) if lora_layers(pipe.unet) else None
+    if lora is not None:
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    pipe.save_pretrained(args.output_dir)
+    if lora is not None:
+        pipe.save_lora_weights(args.output_dir / "synapse", *lora)
+    else:
+        # That of a former training in this folder would not belong to what it holds now.
+        (args.output_dir / "synapse" / LORA_WEIGHT_NAME_SAFE).unlink(missing_ok=True)
 
 
 def describe_pipeline(args: argparse.Namespace, pipe: MelFusionPipeline) -> None:
@@ -290,7 +328,7 @@ def describe_training(args: argparse.Namespace) -> tuple[list[str], dict]:
     sources = [args.pretrained_model_name_or_path, args.pretrained_image_model, args.pretrained_music_model]
     sources = list(filter(None, [*sources, args.synapse]))
     facts = {
-        "trained": "the synapse" if args.train == "synapse" else "the synapse and the music UNet",
+        "trained": TRAINED[args.train],
         "starting from": " and ".join(sources),
         "training data": args.train_data if args.dataset_name else Path(args.train_data).name,
         "steps": args.max_train_steps,

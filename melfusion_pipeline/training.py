@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .adapters_melfusion import lora_layers
 from .attention_melfusion import KVBlenders, use_attn_processors
 from .audio import waveform_to_latents, waveform_to_mel
 from .families_melfusion import pad_texts, text_lengths
@@ -29,7 +30,7 @@ from .inversion_melfusion import ddim_walk, inversion_grid, record_keys_and_valu
 from .waveforms_melfusion import Spectrogram
 
 # What each choice trains; everything else of the pipeline is frozen.
-TRAINABLE = {"synapse": ("synapse",), "unet": ("synapse", "unet")}
+TRAINABLE = {"synapse": ("synapse",), "lora": ("synapse", "lora"), "unet": ("synapse", "unet")}
 FROZEN_TOWERS = (
     "vae",
     "text_encoder",
@@ -57,24 +58,46 @@ class Draw(NamedTuple):
     generators: list[torch.Generator]
 
 
+def trained_parts(pipe: DiffusionPipeline, trainable: str) -> dict[str, nn.Module]:
+    """Gives what is trained, by name.
+
+    Args:
+        pipe: The pipeline.
+        trainable: `"synapse"` (alphas and projections), `"lora"` (a LoRA of the music UNet as well, see `add_lora`) or
+            `"unet"` (the music UNet as well, as the paper does).
+
+    Returns:
+        The synapse and, of the music UNet, nothing, only what PEFT has added to its layers, or all.
+
+    Raises:
+        ValueError: If `trainable` is none of these, or the music UNet has no LoRA to train.
+    """
+    if trainable not in TRAINABLE:
+        raise ValueError(f"`trainable` must be one of {list(TRAINABLE)}, got {trainable!r}.")
+    halves = [half for layer in lora_layers(pipe.unet) for half in (layer.lora_A, layer.lora_B)]
+    if trainable == "lora" and not halves:
+        raise ValueError("There is no LoRA to train: call `adapters_melfusion.add_lora(pipe.unet)` before.")
+    parts = {"synapse": pipe.synapse, "lora": nn.ModuleList(halves), "unet": pipe.unet}
+    return {name: parts[name] for name in TRAINABLE[trainable]}
+
+
 def freeze(pipe: DiffusionPipeline, trainable: str, dtype: torch.dtype = torch.float32) -> None:
     """Freezes and casts what is not trained; what is trained becomes float32 and requires gradients.
 
     Args:
         pipe: The pipeline, changed in place.
-        trainable: `"synapse"` (alphas and projections) or `"unet"` (the music UNet as well, as the paper does).
+        trainable: As `trained_parts` takes it.
         dtype: The dtype of the frozen parts.
 
     Raises:
-        ValueError: If `trainable` is neither, or the pipeline lacks a component that training needs.
+        ValueError: As `trained_parts`, or if the pipeline lacks a component that training needs.
     """
-    if trainable not in TRAINABLE:
-        raise ValueError(f"`trainable` must be one of {list(TRAINABLE)}, got {trainable!r}.")
     if lacking := [name for name in NEEDED if getattr(pipe, name) is None]:
         raise ValueError(
             f"Training needs {', '.join(f'`{name}`' for name in lacking)}, None in this pipeline: load it with all"
             " components, or compose it with `MelFusionPipeline.from_base_models`."
         )
+    parts = trained_parts(pipe, trainable)
     for name in (*FROZEN_TOWERS, "unet", "synapse"):
         trained = name in TRAINABLE[trainable]
         model = getattr(pipe, name)
@@ -83,6 +106,8 @@ def freeze(pipe: DiffusionPipeline, trainable: str, dtype: torch.dtype = torch.f
         model.requires_grad_(trained).train(trained)
         if model.dtype != (wanted := torch.float32 if trained else dtype):
             model.to(wanted)
+    if "lora" in parts:
+        parts["lora"].requires_grad_(True).to(torch.float32)
 
 
 def enable_gradient_checkpointing(pipe: DiffusionPipeline) -> None:
@@ -339,7 +364,7 @@ class MelFusionObjective(nn.Module):
 
     Args:
         pipe: The pipeline, on its device; see `freeze`.
-        trainable: `"synapse"` or `"unet"`.
+        trainable: As `trained_parts` takes it.
         trajectories: The pictures' inverted latents (faithful). None noises `z_0^I`, as the authors' code does.
         music_latents: The clips' encodings. None encodes each batch anew.
         snr_gamma: Min-SNR weighting (arXiv 2303.09556, section 3.4). None weighs all timesteps alike.
@@ -351,7 +376,7 @@ class MelFusionObjective(nn.Module):
         seed: Timesteps, noise and dropping are keyed by (seed, step, row of the data set).
 
     Raises:
-        ValueError: If `trainable` or the music scheduler's prediction type is unknown.
+        ValueError: As `trained_parts`, or if the music scheduler's prediction type is unknown.
     """
 
     def __init__(
@@ -367,15 +392,13 @@ class MelFusionObjective(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if trainable not in TRAINABLE:
-            raise ValueError(f"`trainable` must be one of {list(TRAINABLE)}, got {trainable!r}.")
+        self.trained = nn.ModuleDict(trained_parts(pipe, trainable))
         self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         if self.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"Cannot train for prediction_type={self.scheduler.config.prediction_type!r}.")
         self.pipe, self.snr_gamma, self.logit_mean, self.seed = pipe, snr_gamma, logit_mean, seed
         self.trajectories, self.music_latents = trajectories, music_latents
         self.text_dropout, self.image_dropout = text_dropout, image_dropout
-        self.trained = nn.ModuleDict({name: getattr(pipe, name) for name in TRAINABLE[trainable]})
         self.blenders = KVBlenders(pipe.synapse.config.music_layers)
         self.prompts = PromptCache(pipe)
 

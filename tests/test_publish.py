@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import model_card
 import numpy as np
 import PIL.Image
 import publish
@@ -17,6 +18,7 @@ from processes import forget_the_package, start
 from untrained import untrained_components
 
 from melfusion_pipeline import MelFusionPipeline
+from melfusion_pipeline.adapters_melfusion import add_lora, lora_layers, lora_of_unet
 
 STEPS = ("--num_inference_steps", "2", "--audio_length_in_s", "0.64")
 FACTS = {"trained": "the synapse", "starting from": "/home/somebody/old-pipeline and maker/music", "steps": 6}
@@ -36,7 +38,7 @@ def trained(tmp_path_factory) -> Path:
     """What training leaves: the pipeline, its facts, and much that nobody should publish."""
     folder = tmp_path_factory.mktemp("trained")
     MelFusionPipeline(**untrained_components()).save_pretrained(folder)
-    publish.write_training(folder, ["maker/music"], FACTS)
+    model_card.write_training(folder, ["maker/music"], FACTS)
     for name in (
         "checkpoint-3/optimizer.bin",
         "trajectories/1.safetensors",
@@ -200,6 +202,91 @@ def test_the_checkpoint_itself_is_not_overwritten(arguments, trained, capsys):
     assert "--output must be another folder" in capsys.readouterr().err
 
 
+# ------------------------------------------------------------ only what was learned
+
+
+@pytest.fixture
+def trained_lora(tmp_path, hub) -> Path:
+    """What `--train lora` leaves, and its base models on the Hub."""
+    pipe = MelFusionPipeline(**untrained_components())
+    for name, component in pipe.components.items():
+        if name.startswith("image_"):
+            component.save_pretrained(tmp_path / "image" / name.removeprefix("image_"))
+        elif component is not None and name != "synapse":
+            component.save_pretrained(tmp_path / "music" / name)
+    hub.add_repo("maker/image", tmp_path / "image")
+    hub.add_repo("maker/music", tmp_path / "music")
+    add_lora(pipe.unet, rank=2)
+    for layer in lora_layers(pipe.unet):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.5)
+    lora = lora_of_unet(pipe.unet)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "trained")
+    pipe.save_lora_weights(tmp_path / "trained" / "synapse", *lora)
+    facts = {"trained": model_card.TRAINED["lora"], "starting from": "maker/image and maker/music"}
+    model_card.write_training(tmp_path / "trained", ["maker/image", "maker/music"], facts)
+    return tmp_path / "trained"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_only_what_was_learned_is_a_small_repository_that_sounds_like_the_whole(
+    trained_lora, tmp_path, hub, monkeypatch, capsys, dtype
+):
+    output = tmp_path / "small"
+    given = ["--checkpoint", trained_lora, "--hub_model_id", "you/small", "--output", output, "--dtype", dtype]
+    publish.main([*map(str, given), "--only_learned"])
+    files = hub.files("you/small")
+    weights = {name: len(content) for name, content in files.items() if name.endswith(".safetensors")}
+    assert weights.keys() == {"diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"}
+    assert {"config.json", "README.md", "LICENSE.md", "training.json"} <= files.keys()
+    assert not any(name.endswith(".py") or name == "model_index.json" for name in files)
+    whole = sum(path.stat().st_size for path in trained_lora.glob("*/*.safetensors")) / 1e6
+    printed = capsys.readouterr().out
+    expected = [f"({size / 1e6:,.2f} MB)" for size in weights.values()]
+    assert all(size in printed and size in files["README.md"].decode() for size in expected)
+    said = float(re.search(r"of a whole pipeline of ([\d.,]+) MB", printed)[1])
+    assert sum(weights.values()) / 1e6 < 0.3 * said
+    if dtype == "float32":
+        assert said == pytest.approx(whole, rel=0.1)
+    assert front_matter(output)["base_model"] == ["maker/image", "maker/music"]
+
+    photograph().save(tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = snippets(files["README.md"].decode())
+    assert "pip install peft" in files["README.md"].decode()
+    namespace = {}
+    exec(compile(snippet, "card", "exec"), namespace)
+    call = {"image": photograph(), "prompt": "drums", "num_inference_steps": 2, "output_type": "latent"}
+    whole, small = (
+        pipe(**call, generator=generator()).audios
+        for pipe in (MelFusionPipeline.from_pretrained(trained_lora), namespace["pipe"])
+    )
+    # What is stored with 11 bits differs by more.
+    atol = (1e-5 if dtype == "float32" else 1e-2) * whole.abs().max().item()
+    torch.testing.assert_close(small, whole, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    "trained, base_models, flags, message",
+    [
+        ("unet", ["maker/image", "maker/music"], [], "the music UNet itself was trained"),
+        ("synapse", [], [], "needs --base_model PICTURE_MODEL MUSIC_MODEL, .* the training tells none"),
+        ("synapse", ["you/old"], [], r"the training tells \['you/old'\]"),
+        ("lora", [], ["--base_model", "maker/music"], "needs --base_model"),
+    ],
+)
+def test_what_cannot_be_loaded_from_a_small_repository_is_not_published_so(
+    tmp_path, capsys, trained, base_models, flags, message
+):
+    model_card.write_training(tmp_path, base_models, {"trained": model_card.TRAINED[trained]})
+    given = ["--checkpoint", str(tmp_path), "--hub_model_id", "you/small", "--output", str(tmp_path / "small")]
+    with pytest.raises(SystemExit):
+        publish.main([*given, "--only_learned", *flags])
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+    assert not (tmp_path / "small").exists()
+
+
 @pytest.mark.parametrize(
     "text, shown",
     [
@@ -213,4 +300,4 @@ def test_the_checkpoint_itself_is_not_overwritten(arguments, trained, capsys):
     ],
 )
 def test_folders_are_hidden_and_nothing_else(text, shown):
-    assert publish.hide_folders(text) == shown
+    assert model_card.hide_folders(text) == shown

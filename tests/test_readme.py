@@ -280,6 +280,9 @@ def test_the_blocks_made_what_the_page_says(workspace, hub, namespaces):
     assert all(len(system["scores"]) == 8 for system in results["systems"].values())
     card = hub.files("you/my-melfusion")["README.md"].decode()
     assert "| melfusion | 6 | 16000 |" in card and "| steps | 2 |" in card and "samples/0-lightning.wav" in card
+    weights = {name for name in hub.files("you/my-lora") if name.endswith(".safetensors")}
+    assert weights == {"diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"}
+    assert namespaces["A LoRA instead of the whole music UNet"]["pipe"].fused_loras == {"default_0", "again"}
     loaded = MelFusionPipeline.from_pretrained("my-melfusion").synapse
     assert torch.equal(namespaces["Publish it, and load it again"]["pipe"].synapse.alphas, loaded.alphas)
     assert loaded.alphas.any()

@@ -150,6 +150,48 @@ def test_checkpoints_are_limited_and_bad_rows_refused_or_skipped(workspace, tmp_
     assert len(train(workspace, tmp_path / "bad", train_data=bad, skip_bad_rows=True, max_train_steps=1)) == 1
 
 
+def test_a_lora_is_trained_resumed_fused_into_the_pipeline_and_kept_beside_the_synapse(workspace, tmp_path):
+    base = MelFusionPipeline.from_pretrained(workspace / "pipeline")
+    models = {"pretrained_image_model": tmp_path / "image", "pretrained_music_model": tmp_path / "music"}
+    for name, component in base.components.items():
+        if name.startswith("image_"):
+            component.save_pretrained(tmp_path / "image" / name.removeprefix("image_"))
+        elif component is not None and name != "synapse":
+            component.save_pretrained(tmp_path / "music" / name)
+    flags = {"pretrained_model_name_or_path": "", **models, "train": "lora", "rank": 2, "learning_rate": 0.1}
+    flags |= {"use_ema": True, "lora_alpha": 4, "max_train_steps": 4, "checkpointing_steps": 2}
+    whole = train(workspace, tmp_path / "whole", **flags)
+    train(workspace, tmp_path / "parts", **flags)
+    os.rename(tmp_path / "parts" / "checkpoint-4", tmp_path / "late")
+    assert_near(train(workspace, tmp_path / "parts", resume_from_checkpoint="latest", **flags), whole, steps=10)
+    for name in ("whole", "parts"):
+        trained = MelFusionPipeline.from_pretrained(tmp_path / name)
+        changed = {
+            key
+            for key, value in trained.unet.state_dict().items()
+            if not torch.equal(value, base.unet.state_dict()[key])
+        }
+        assert changed and all(re.search(r"attn\d\.to_(q|k|v|out\.0)\.weight$", key) for key in changed)
+        composed = MelFusionPipeline.from_base_models(*models.values(), synapse=tmp_path / name)
+        assert composed.unet.peft_config["default_0"].lora_alpha == 4
+        composed.register_to_config(default_window_length_in_s=None)
+        assert_near(play(composed), play(trained))
+    checkpoint = sum(path.stat().st_size for path in (tmp_path / "whole" / "checkpoint-4").glob("*.safetensors"))
+    assert checkpoint < (tmp_path / "whole" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "the synapse and a LoRA of the music UNet" in card
+
+    # Going on: with the LoRA, with the music UNet that it becomes a part of, and with a synapse alone.
+    more = {"pretrained_model_name_or_path": "", **models, "synapse": tmp_path / "whole", "max_train_steps": 1}
+    with pytest.raises(ValueError, match="The LoRA beside --synapse has rank 2 and alpha 4.0"):
+        train(workspace, tmp_path / "more", train="lora", rank=3, **more)
+    file = Path("synapse", "pytorch_lora_weights.safetensors")
+    for choice, kept in (("lora", True), ("synapse", True), ("unet", False)):
+        train(workspace, tmp_path / "more", train=choice, synapse_learning_rate=1e-9, learning_rate=1e-9, **more)
+        assert (tmp_path / "more" / file).is_file() == kept
+        assert_near(play(MelFusionPipeline.from_pretrained(tmp_path / "more")), play(trained), steps=10_000)
+
+
 WRONG = {
     "no model": ({"pretrained_model_name_or_path": None}, "both --pretrained_image_model"),
     "two models": ({"pretrained_image_model": "a", "pretrained_music_model": "b"}, "already holds"),
@@ -164,6 +206,9 @@ WRONG = {
     "train": ({"train": "vae"}, "invalid choice"),
     "scheduler": ({"lr_scheduler": "piecewise_constant"}, "invalid choice: 'piecewise_constant'"),
     "workers": ({"dataloader_num_workers": -1}, "--dataloader_num_workers must be 0 or above"),
+    "rank without a LoRA": ({"rank": 4}, "--rank needs --train lora"),
+    "targets without a LoRA": ({"train": "unet", "lora_targets": "to_q"}, "--lora_targets needs --train lora"),
+    "no rank": ({"train": "lora", "rank": 0}, "--rank must be above 0"),
 }
 
 

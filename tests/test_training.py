@@ -1,4 +1,5 @@
 import multiprocessing
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from untrained import untrained_components
 
 from melfusion_pipeline import MelFusionPipeline
+from melfusion_pipeline.adapters_melfusion import add_lora
 from melfusion_pipeline.audio import waveform_to_latents
 from melfusion_pipeline.inversion_melfusion import record_keys_and_values
 from melfusion_pipeline.training import MelFusionObjective, MusicLatentCache, TrajectoryCache, freeze
@@ -54,9 +56,11 @@ def make_objective(pipe, folder=None, **kwargs) -> MelFusionObjective:
     return MelFusionObjective(pipe, trajectories=trajectories, **kwargs).train()
 
 
-@pytest.mark.parametrize("trainable", ["synapse", "unet"])
+@pytest.mark.parametrize("trainable", ["synapse", "lora", "unet"])
 def test_gradients_reach_exactly_what_is_trained_and_the_rest_stays_bitwise(training_pipe, batch, tmp_path, trainable):
     pipe = training_pipe
+    if trainable == "lora":
+        add_lora(pipe.unet, rank=2)
     objective = make_objective(pipe, tmp_path, trainable=trainable)
     models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     before = {
@@ -67,7 +71,8 @@ def test_gradients_reach_exactly_what_is_trained_and_the_rest_stays_bitwise(trai
         for step in range(20):
             optimizer.zero_grad()
             objective(batch, step).backward()
-            if step == 0:
+            # Not in the first step, where the half of a LoRA that is zero lets no gradient reach the other one.
+            if step == 1:
                 reached = {
                     f"{name}.{key}"
                     for name, model in models.items()
@@ -76,20 +81,36 @@ def test_gradients_reach_exactly_what_is_trained_and_the_rest_stays_bitwise(trai
                 }
             optimizer.step()
 
-    trained = {"synapse"} | ({"unet"} if trainable == "unet" else set())
-    expected = {f"{name}.{key}" for name in trained for key, _ in models[name].named_parameters()}
+    trained = {"synapse": "", "lora": r"unet\..*\.lora_[AB]\.|", "unet": r"unet\.|"}[trainable] + r"synapse\."
+    names = {f"{name}.{key}" for name, model in models.items() for key, _ in model.named_parameters()}
+    expected = {name for name in names if re.match(trained, name)}
     # The keys of a layer with one token have no gradient: softmax over one score is constant.
     assert reached <= expected and len(expected - reached) <= 0.25 * len(expected)
     assert {"synapse.alphas", "synapse.value_projections.0.weight"} <= reached
+    changed = {True: [], False: []}
     for name, model in models.items():
-        changed = [not torch.equal(value, before[name][key]) for key, value in model.state_dict().items()]
-        assert (sum(changed) > 0.7 * len(changed)) if name in trained else not any(changed)
+        for key, value in model.state_dict().items():
+            changed[f"{name}.{key}" in expected].append(not torch.equal(value, before[name][key]))
+    assert sum(changed[True]) > 0.7 * len(changed[True]) and not any(changed[False])
 
 
 def test_only_what_is_trained_is_registered(training_pipe):
     assert {name.split(".")[1] for name, _ in make_objective(training_pipe).named_parameters()} == {"synapse"}
     names = {name.split(".")[1] for name, _ in make_objective(training_pipe, trainable="unet").named_parameters()}
     assert names == {"synapse", "unet"}
+
+
+def test_of_a_lora_only_its_halves_are_registered_in_float32_and_there_must_be_one(training_pipe):
+    with pytest.raises(ValueError, match=r"There is no LoRA to train: call `adapters_melfusion.add_lora"):
+        freeze(training_pipe, "lora")
+    add_lora(training_pipe.unet, rank=2)
+    freeze(training_pipe, "lora", torch.bfloat16)
+    objective = MelFusionObjective(training_pipe, "lora")
+    assert {name.split(".")[1] for name, _ in objective.named_parameters()} == {"synapse", "lora"}
+    assert {parameter.dtype for parameter in objective.parameters()} == {torch.float32}
+    assert training_pipe.unet.dtype == torch.bfloat16
+    lora = [name for name, parameter in training_pipe.unet.named_parameters() if parameter.requires_grad]
+    assert len(lora) == len(list(objective.trained["lora"].parameters())) and all(".lora_" in name for name in lora)
 
 
 def test_freezing_casts_what_is_frozen_and_keeps_what_is_trained_in_float32(training_pipe, batch):
