@@ -55,8 +55,9 @@ class AdapterMixin(LoraBaseMixin):
         """Installs an adapter in the music UNet and makes it the active one; `set_adapters` chooses otherwise.
 
         Args:
-            pretrained_model_name_or_path_or_dict: Hub id, folder or safetensors file; or tensors by name.
-            adapter_name: What `set_adapters` calls it. None is `default_0`, `default_1`, ...
+            pretrained_model_name_or_path_or_dict: Hub id, folder or safetensors file; or the tensors by name, of each
+                layer `[rank, channels]` and `[channels, rank]`.
+            adapter_name: What `set_adapters` calls it. None is "default_0", "default_1", ...
             weight_name: The name of the file.
             subfolder: Its folder within the repository.
             **kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and `force_download`, for the Hub.
@@ -64,6 +65,7 @@ class AdapterMixin(LoraBaseMixin):
         Raises:
             ImportError: If PEFT is not installed.
             OSError: If there is no such file, or it is damaged.
+            TypeError: If there are other arguments.
             ValueError: If it is no LoRA of this music UNet, the name is taken, or an adapter is fused.
         """
         self._refuse_while_fused("load_lora_weights")
@@ -103,14 +105,15 @@ class AdapterMixin(LoraBaseMixin):
 
         Args:
             save_directory: The folder, made if it does not exist.
-            unet_lora_layers: The music UNet with the adapter; or the adapter's tensors, as
-                `peft.get_peft_model_state_dict` gives them.
+            unet_lora_layers: The music UNet with the adapter; or the adapter's tensors by name, of each layer
+                `[rank, channels]` and `[channels, rank]`, as `peft.get_peft_model_state_dict` gives them.
             unet_lora_adapter_metadata: The settings of `peft.LoraConfig` beside tensors, without which alpha is the
                 rank. Those of a UNet's adapter are known.
             weight_name: The name of the file.
             adapter_name: Which of the UNet's adapters; may be left out if there is one.
 
         Raises:
+            OSError: If the file cannot be written, for example on a full disk.
             ValueError: If there is no such adapter, `weight_name` is no safetensors file, or `save_directory` is a
                 file.
         """
@@ -188,7 +191,11 @@ class AdapterMixin(LoraBaseMixin):
 
     @one_at_a_time
     def unfuse_lora(self, components: list[str] = ["unet"]) -> None:
-        """Takes back `fuse_lora`; the adapters act as before. `components` is for diffusers' sake."""
+        """Takes back `fuse_lora`; the adapters act as before.
+
+        Args:
+            components: The music UNet is the only one.
+        """
         super().unfuse_lora(components)
         for layer in lora_layers(self.unet):
             layer.unscale_layer(self._fused_lora_scale)
@@ -202,7 +209,10 @@ class AdapterMixin(LoraBaseMixin):
 
     @one_at_a_time
     def delete_adapters(self, adapter_names: str | list[str]) -> None:
-        """Removes the named adapters.
+        """Removes adapters.
+
+        Args:
+            adapter_names: The names of one or several.
 
         Raises:
             ValueError: If there is no such adapter, or one is fused.
@@ -240,7 +250,14 @@ class AdapterMixin(LoraBaseMixin):
 
 
 def lora_layers(unet: ModelMixin) -> list[nn.Module]:
-    """Lists the layers of a UNet that PEFT has wrapped, `peft.tuners.lora.LoraLayer` each."""
+    """Lists the layers that PEFT has wrapped, each a LoraLayer of PEFT.
+
+    Args:
+        unet: The music UNet, with adapters or without.
+
+    Returns:
+        Those layers, in the order of the UNet's modules.
+    """
     return [module for module in unet.modules() if hasattr(module, "base_layer") and hasattr(module, "lora_A")]
 
 
@@ -281,7 +298,8 @@ def install_lora(
 
     Args:
         unet: The music UNet, changed in place.
-        state_dict: The adapter's tensors, by names that begin with "unet.".
+        state_dict: The adapter's tensors, by names that begin with "unet.", of each layer `[rank, channels]` and
+            `[channels, rank]`.
         settings: What `read_lora` gives.
         adapter_name: What it is called.
 
@@ -305,7 +323,12 @@ def install_lora(
 
 
 def remove_lora(unet: ModelMixin, adapter_names: Iterable[str]) -> None:
-    """Removes adapters, and with the last one what PEFT has wrapped around the layers."""
+    """Removes adapters, and with the last one what PEFT has wrapped around the layers.
+
+    Args:
+        unet: The music UNet, changed in place.
+        adapter_names: Their names; those that it has not are passed over.
+    """
     for name in adapter_names:
         if name in getattr(unet, "peft_config", {}):
             delete_adapter_layers(unet, name)
@@ -318,7 +341,8 @@ def check_lora(unet: ModelMixin, state_dict: Mapping[str, torch.Tensor]) -> None
 
     Args:
         unet: The music UNet; its weights may lie on the meta device.
-        state_dict: The adapter's tensors, by names that begin with "unet.".
+        state_dict: The adapter's tensors, by names that begin with "unet.", of each layer `[rank, channels]` and
+            `[channels, rank]`.
 
     Raises:
         ValueError: Naming the first tensor that does not fit.
@@ -357,11 +381,13 @@ def read_lora(source: Source, subfolder: str, weight_name: str) -> tuple[dict[st
         weight_name: The name of the file.
 
     Returns:
-        The tensors by name, and the settings of `peft.LoraConfig` that the file holds.
+        The tensors by name, of each layer `[rank, channels]` and `[channels, rank]`, and the settings of
+        `peft.LoraConfig` that the file holds.
 
     Raises:
         ImportError: If PEFT is not installed, without which the adapter is of no use.
-        OSError: If there is no such file, or it is damaged.
+        FileNotFoundError: If there is no such file.
+        OSError: If it is damaged.
         ValueError: If it is no safetensors file, or its settings are no JSON object.
     """
     _import_peft()
@@ -382,7 +408,15 @@ def read_lora(source: Source, subfolder: str, weight_name: str) -> tuple[dict[st
 
 
 def lora_of_unet(unet: ModelMixin, adapter_name: str | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Gives an adapter's tensors, by names without "unet.", and its settings.
+    """Takes an adapter out of a UNet, as `save_lora_weights` takes it.
+
+    Args:
+        unet: The music UNet, left as it is.
+        adapter_name: Which; may be left out if there is one.
+
+    Returns:
+        The tensors, by names without "unet.", of each layer `[rank, channels]` and `[channels, rank]`, and the
+        settings of its `peft.LoraConfig`.
 
     Raises:
         ValueError: If the UNet has no such adapter, or several and none is named.

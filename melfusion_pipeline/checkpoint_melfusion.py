@@ -76,7 +76,7 @@ class CheckpointMixin:
             music_model: Hub id or folder of a text-to-music checkpoint in diffusers' layout.
             synapse: Hub id or folder (of a synapse alone or of a whole pipeline), a `VisualSynapse`, or None:
                 untrained, with alpha = 0, so that the music does not follow the picture yet. A LoRA of the music UNet
-                that lies beside a synapse (`pytorch_lora_weights.safetensors`) is loaded with it.
+                that lies beside a synapse (pytorch_lora_weights.safetensors) is loaded with it.
             variant: The variant of the weights, such as "fp16"; a component that has no such files is read from its
                 plain ones.
             image_variant: The variant of `image_model`. None is `variant`.

@@ -65,14 +65,29 @@ class Source:
             return cached
 
     def names(self, subfolder: str) -> list[str]:
-        """The names of the files that lie in a folder of the checkpoint."""
+        """Lists what lies in a folder of the checkpoint.
+
+        Args:
+            subfolder: The folder's path within it, "." for the checkpoint itself.
+
+        Returns:
+            The names of its files, sorted.
+        """
         if self.paths is None:
             return sorted(path.name for path in (self.folder / subfolder).glob("*") if path.is_file())
         paths = map(PurePosixPath, self.paths)
         return sorted(path.name for path in paths if path.parent == PurePosixPath(subfolder))
 
     def weights(self, subfolder: str, use_safetensors: bool | None = None) -> list[str]:
-        """The names of the files of weights to read: safetensors before pickles, the variant before plain files."""
+        """Chooses the files of weights to read: safetensors before pickles, the variant before plain files.
+
+        Args:
+            subfolder: As in `names`.
+            use_safetensors: True for safetensors only, False for pickles only, None for either.
+
+        Returns:
+            Their names; none if there are no weights.
+        """
         suffixes = {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[use_safetensors]
         for suffix in suffixes:
             for variant in dict.fromkeys((self.variant, None)):
@@ -89,7 +104,15 @@ class Source:
         return any(is_of_variant(name, self.variant) for folder in folders for name in self.weights(folder))
 
     def fetch(self, subfolder: str, weights: Iterable[str] = ()) -> Path:
-        """Gets the text files of one folder, and `weights`, and returns where the folder lies."""
+        """Gets the text files of one folder, and some of weights.
+
+        Args:
+            subfolder: As in `names`.
+            weights: The names of the files of weights.
+
+        Returns:
+            Where the folder lies on this machine.
+        """
         if self.paths is not None:
             wanted = [name for name in self.names(subfolder) if name.endswith(TEXT_SUFFIXES)] + list(weights)
             patterns = [PurePosixPath(subfolder, name).as_posix() for name in wanted]
@@ -98,7 +121,19 @@ class Source:
 
 
 def follow_index(source: Source, index_name: str) -> str:
-    """The folder of the checkpoint inside `source`: where the index says, or the root."""
+    """Finds the folder of the checkpoint: where the index says, or the root.
+
+    Args:
+        source: What may hold an index that names a folder.
+        index_name: The name of the index' file.
+
+    Returns:
+        The folder's path within `source`.
+
+    Raises:
+        FileNotFoundError: If the folder that is named holds no index.
+        ValueError: If what is named is no path, or lies outside.
+    """
     if index_name not in source.names("."):
         return "."
     index = source.fetch(".") / index_name
@@ -122,6 +157,17 @@ def follow_index(source: Source, index_name: str) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Args:
+        file: The file.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: If it holds something else; the message names the file.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -132,8 +178,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def is_pickle(file: str | os.PathLike) -> bool:
+    """Says whether the name of the file of weights, `file`, is that of a pickle."""
     return os.fspath(file).endswith(".bin")
 
 
 def is_of_variant(file: str, variant: str | None) -> bool:
+    """Says whether the name of the file of weights, `file`, is one of the variant; of no `variant` there are none."""
     return variant is not None and f".{variant}" in file
