@@ -54,6 +54,7 @@ from melfusion_pipeline.data import (
     select_good_rows,
     set_root,
 )
+from melfusion_pipeline.features_melfusion import FEATURE_SOURCES
 
 # What a call takes from its checkpoint where it is not given.
 CALL = ("num_inference_steps", "num_inversion_steps", "guidance_scale", "image_guidance_scale", "image_guidance_end")
@@ -85,7 +86,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--audio_length_in_s", type=float, help="of all clips; default: the checkpoint's own")
     parser.add_argument("--num_inference_steps", type=int, help="default: the checkpoint's own, as for the next four")
     parser.add_argument("--num_inversion_steps", type=int)
-    parser.add_argument("--feature_source", choices=("inversion", "reconstruction"), default="inversion")
+    parser.add_argument("--feature_source", choices=FEATURE_SOURCES, help="default: as in the synapse's training")
     parser.add_argument("--guidance_scale", type=float)
     parser.add_argument("--image_guidance_scale", type=float, help="1: the picture does not guide")
     parser.add_argument("--image_guidance_end", type=float, help="share of the steps after which it guides no more")
@@ -187,7 +188,8 @@ def read_options(arguments: argparse.Namespace, pipe: MelFusionPipeline | None) 
         raise ValueError("Without `--checkpoint`, `--audio_length_in_s` is needed: how much of each clip is scored.")
     call = {"audio_length_in_s": arguments.audio_length_in_s or pipe.default_audio_length_in_s}
     if pipe is not None:
-        call |= {"feature_source": arguments.feature_source, "synapse_scale": arguments.synapse_scale}
+        call |= {"feature_source": arguments.feature_source or pipe.default_feature_source}
+        call |= {"synapse_scale": arguments.synapse_scale}
         # Written out, so that the results say what they were made with.
         defaults = {**pipe.config, "default_num_inversion_steps": pipe.default_num_inversion_steps}
         for name in CALL:

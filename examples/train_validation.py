@@ -125,6 +125,7 @@ def generate_sample(state: State, index: int, row: dict) -> None:
             audio_length_in_s=args.audio_length_in_s,
             num_inversion_steps=args.num_inversion_steps,
             image_size=args.resolution,
+            feature_source=args.image_latents,
             generator=torch.Generator().manual_seed(args.seed),
             output_type="mel",
         ).audios

@@ -500,8 +500,11 @@ def warn_if_trained_otherwise(synapse: Any, image_features: ImageFeatures) -> No
     for name, value in trained.items():
         if value is not None and given[name] is not None and given[name] != value:
             logger.warning(f"The synapse was trained with `{name}={value}`, this call uses {given[name]}.")
-    if config.image_latents != "inversion":
-        logger.warning(f"The synapse was trained with image latents from {config.image_latents!r}, this call inverts.")
+    if (config.image_latents == "noising") != (image_features.feature_source == "noising"):
+        logger.warning(
+            f"The synapse was trained with image latents from {config.image_latents!r}, this call's are from"
+            f" {image_features.feature_source!r}."
+        )
 
 
 def check_synapse_scale(synapse: Any, synapse_scale: float | list[float]) -> None:

@@ -36,6 +36,12 @@ class EncodingMixin:
         trained = self.synapse.config.image_size if self.synapse else None
         return trained or own_size(self.image_unet, "image_unet", "image_size") * self.image_vae_scale_factor
 
+    @property
+    def default_feature_source(self) -> str:
+        """How a call records that names no `feature_source`: as in the synapse's training, else while inverting."""
+        trained = self.synapse.config.image_latents if self.synapse else None
+        return trained or "inversion"
+
     @torch.no_grad()
     @one_at_a_time
     def encode_image(
@@ -44,7 +50,7 @@ class EncodingMixin:
         image_prompt: str | list[str] = "",
         image_size: int | None = None,
         num_inversion_steps: int | None = None,
-        feature_source: str = "inversion",
+        feature_source: str | None = None,
     ) -> ImageFeatures:
         """Inverts pictures and records their keys and values; what it returns serves any number of calls.
 
@@ -53,7 +59,8 @@ class EncodingMixin:
             image_prompt: The text for the picture's UNet; the empty text inverts best.
             image_size: The side in pixels to which pictures are prepared. None is `default_image_size`.
             num_inversion_steps: The number of recorded timesteps. None is `default_num_inversion_steps`.
-            feature_source: `"inversion"` or `"reconstruction"` (the paper to the letter, twice the cost).
+            feature_source: `"inversion"`, `"reconstruction"` (the paper to the letter, twice the cost) or `"noising"`.
+                None is `default_feature_source`.
 
         Returns:
             The features, in the dtype of `image_unet`, on its device.
@@ -64,6 +71,8 @@ class EncodingMixin:
         images = as_pil_images(image)
         if num_inversion_steps is None:
             num_inversion_steps = self.default_num_inversion_steps
+        if feature_source is None:
+            feature_source = self.default_feature_source
         check_image_inputs(self, len(images), image_prompt, image_size, num_inversion_steps, feature_source)
         return self._encode_images(images, image_prompt, image_size, num_inversion_steps, feature_source)
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from .files_melfusion import atomic_write
 
-FEATURE_SOURCES = ("inversion", "reconstruction")
+FEATURE_SOURCES = ("inversion", "reconstruction", "noising")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class ImageFeatures:
         keys: By layer name, `K_l^I` as `[steps, pictures, tokens, channels]`.
         values: `V_l^I`, as `keys`.
         timesteps: `[steps]`, the noise level at which each step was recorded, in the order of recording.
-        feature_source: `"inversion"` or `"reconstruction"`.
+        feature_source: `"inversion"`, `"reconstruction"` or `"noising"`.
         image_size: The side of the prepared picture in pixels, where known.
 
     Raises:

@@ -11,6 +11,9 @@ from diffusers.utils.logging import tqdm
 from .attention_melfusion import KVRecorders, use_attn_processors
 from .features_melfusion import ImageFeatures
 
+# What a UNet takes in one batch where a picture is noised for all its timesteps at once.
+ROWS_AT_ONCE = 16
+
 
 class NoiseLevel(NamedTuple):
     """One point of the picture's time grid: the `timestep` that the UNet is told, and its `alpha_cumprod`."""
@@ -144,12 +147,17 @@ def record_image_features(
         layers: The names of the self-attention layers to record.
         num_inversion_steps: N, the number of steps of the grid.
         feature_source: `"inversion"` records at `t_0 ... t_{N-1}` while inverting (N UNet passes);
-            `"reconstruction"` inverts first and records at `t_N ... t_1` while sampling back (2 N passes: the paper).
+            `"reconstruction"` inverts first and records at `t_N ... t_1` while sampling back (2 N passes: the paper);
+            `"noising"` adds noise to `z_0^I` for each of `t_0 ... t_{N-1}` and records them together (N rows of one
+            pass, as the authors' code trains). The noise is the same in every call and for every picture.
         progress_bar: A callable like `DiffusionPipeline.progress_bar`.
 
     Returns:
         The features, `N` steps in the UNet's dtype.
     """
+    if feature_source == "noising":
+        rows = (image_unet, scheduler, latents, prompt_embeds, layers, num_inversion_steps)
+        return _record_noised(*rows, progress_bar)
     levels = inversion_grid(scheduler, num_inversion_steps)
     prediction_type = scheduler.config.prediction_type
     passes = num_inversion_steps * (1 if feature_source == "inversion" else 2)
@@ -173,4 +181,41 @@ def record_image_features(
         values=values,
         timesteps=torch.tensor([level.timestep for level in levels[:-1]]),
         feature_source=feature_source,
+    )
+
+
+def _record_noised(
+    image_unet: ModelMixin,
+    scheduler: SchedulerMixin,
+    latents: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    layers: list[str],
+    num_steps: int,
+    progress_bar: Callable[..., Any],
+) -> ImageFeatures:
+    timesteps = torch.tensor([level.timestep for level in inversion_grid(scheduler, num_steps)[:-1]])
+    noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)
+    # A row for each timestep and picture.
+    row_timesteps = timesteps.repeat_interleave(len(latents)).to(latents.device)
+    row_latents, row_prompts = latents.repeat(num_steps, 1, 1, 1), prompt_embeds.repeat(num_steps, 1, 1)
+    noised = DDIMScheduler.from_config(scheduler.config).add_noise(
+        row_latents, noise.expand_as(row_latents), row_timesteps
+    )
+    recorded = {}
+    with progress_bar(total=len(noised)) as bar:
+        for first in range(0, len(noised), ROWS_AT_ONCE):
+            own = slice(first, first + ROWS_AT_ONCE)
+            arguments = (noised[own], row_timesteps[own], row_prompts[own], layers)
+            for side, by_layer in zip(("keys", "values"), record_keys_and_values(image_unet, *arguments)):
+                for layer, states in by_layer.items():
+                    if first == 0:
+                        recorded[side, layer] = states.new_empty(len(noised), *states.shape[1:])
+                    recorded[side, layer][own] = states
+            bar.update(len(noised[own]))
+    sizes = (num_steps, len(latents))
+    return ImageFeatures(
+        keys={layer: recorded["keys", layer].unflatten(0, sizes) for layer in dict.fromkeys(layers)},
+        values={layer: recorded["values", layer].unflatten(0, sizes) for layer in dict.fromkeys(layers)},
+        timesteps=timesteps,
+        feature_source="noising",
     )

@@ -423,7 +423,7 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
         image_prompt: str | list[str] = "",
         image_size: int | None = None,
         image_features: ImageFeatures | None = None,
-        feature_source: str = "inversion",
+        feature_source: str | None = None,
         image_start_in_s: list[float] | None = None,
         window_length_in_s: float | None = None,
         window_overlap: float = 0.25,
@@ -473,7 +473,9 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             image_size: The side in pixels to which pictures are prepared. None is `default_image_size`.
             image_features: In place of `image`; see `encode_image`.
             feature_source: `"inversion"` records while inverting; `"reconstruction"` inverts, then records while
-                sampling back, as the paper does, at twice the cost.
+                sampling back, as the paper does, at twice the cost; `"noising"` adds noise to the picture instead of
+                inverting it, all timesteps in one pass. None is as in the synapse's training, see
+                `default_feature_source`.
             image_start_in_s: Makes one piece of a storyboard: where each picture begins, in seconds, ascending from 0.
                 `prompt` is then one for the whole or one a picture. A window in which several pictures lie sees each
                 by its share, and so it hears their prompts. None: every picture makes a piece of its own.
@@ -531,6 +533,8 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             image_guidance_end = self.config.default_image_guidance_end
         if num_inversion_steps is None and image is not None:
             num_inversion_steps = self.default_num_inversion_steps
+        if feature_source is None and image is not None:
+            feature_source = self.default_feature_source
         images = None if image is None else as_pil_images(image)
         if audio is not None:
             audio = as_waveforms(audio, audio_sampling_rate, self.sampling_rate, MAX_AUDIO_LENGTH_IN_S)

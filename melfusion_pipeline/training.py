@@ -42,8 +42,8 @@ FROZEN_TOWERS = (
     "image_text_encoder",
     "image_unet",
 )
-# A pipeline that only generates may lack some of these.
-NEEDED = ("vae", "text_encoder", "unet", "synapse", "image_vae", "image_text_encoder", "image_unet")
+# A pipeline that only generates may lack some. Without `image_text_encoder` its prompt is zeros, as in a call.
+NEEDED = ("vae", "text_encoder", "unet", "synapse", "image_vae", "image_unet")
 
 
 class Draw(NamedTuple):
@@ -238,10 +238,10 @@ def open_picture(image_file: str | bytes) -> Image.Image:
     return Image.open(BytesIO(image_file) if isinstance(image_file, bytes) else image_file)
 
 
-def hash_weights(*models: nn.Module) -> bytes:
+def hash_weights(*models: nn.Module | None) -> bytes:
     """Gives the SHA-256 of the names, dtypes, shapes and values of all weights and buffers of `models`, in order."""
     digest = hashlib.sha256()
-    for model in models:
+    for model in filter(None, models):
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())

@@ -230,7 +230,7 @@ BAD_ARGUMENTS = {
     "image_prompt": not_texts | texts_of_other_number | st.none(),
     "image_size": wrong_integers(1, 8192) | st.integers(0, 2000).map(lambda number: 4 * number + 2),
     "image_features": st.one_of(oddities, st.integers(), st.text(max_size=4), st.just(torch.zeros(2))),
-    "feature_source": choices,
+    "feature_source": choices.filter(lambda value: value is not None),
     # Of the one picture; [0] is right, as a tuple and a tensor too.
     "image_start_in_s": oddities.filter(lambda value: value != (0,))
     | st.integers()

@@ -12,6 +12,7 @@ from melfusion_pipeline.inversion_melfusion import (
     ddim_walk,
     inversion_grid,
     record_image_features,
+    record_keys_and_values,
 )
 from melfusion_pipeline.modeling_melfusion import decoder_layers
 
@@ -119,6 +120,33 @@ def test_the_round_trip_improves_with_the_number_of_steps(prediction_type: str, 
     with capsys.disabled():
         print(f"\nround trip, {prediction_type}, 4/8/16/32 steps:", [f"{error:.4f}" for error in errors])
     assert all(later < earlier for earlier, later in zip(errors, errors[1:])) and errors[-1] < errors[0] / 2
+
+
+@pytest.mark.parametrize("steps", [3, 9])
+def test_a_noised_picture_is_recorded_in_as_few_passes_as_fit(steps: int):
+    """With nine steps and two pictures in two, of which the second is not full."""
+    unet, scheduler = picture_unet().eval(), image_scheduler("epsilon")
+    torch.manual_seed(0)
+    latents, prompt_embeds = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 24)
+    layers = [name for name, _, _ in decoder_layers(unet, "attn1")]
+    sizes = []
+    hook = unet.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
+    arguments = (unet, scheduler, latents, prompt_embeds, layers, steps, "noising")
+    with torch.no_grad():
+        features, again = record_image_features(*arguments), record_image_features(*arguments)
+        assert sizes == [6, 6] if steps == 3 else [16, 2, 16, 2]
+        hook.remove()
+        assert features.feature_source == "noising" and features.num_images == 2
+        assert features.timesteps.tolist() == [level.timestep for level in inversion_grid(scheduler, steps)[:-1]]
+        noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
+        for step, t in enumerate(features.timesteps.tolist()):
+            abar = scheduler.alphas_cumprod[t]
+            noised = abar.sqrt() * latents + (1 - abar).sqrt() * noise
+            keys, values = record_keys_and_values(unet, noised, torch.tensor([t, t]), prompt_embeds, layers)
+            for layer in layers:
+                assert_near(features.keys[layer][step], keys[layer])
+                assert_near(features.values[layer][step], values[layer])
+                assert torch.equal(features.keys[layer], again.keys[layer])
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

@@ -426,12 +426,17 @@ def test_a_call_unlike_the_training_warns(pipe, image, caplog):
     run(pipe, image, PROMPTS[0], num_inversion_steps=3, image_size=48)
     diffusers.utils.logging.disable_propagation()
     assert "num_inversion_steps=2" in caplog.text and "image_size=32" in caplog.text
-    assert "this call inverts" not in caplog.text
-    pipe.synapse.register_to_config(image_latents="noising")
-    diffusers.utils.logging.enable_propagation()
-    run(pipe, image, PROMPTS[0])
-    diffusers.utils.logging.disable_propagation()
-    assert "trained with image latents from 'noising', this call inverts" in caplog.text
+    assert "image latents" not in caplog.text
+    for trained, given in (("noising", "inversion"), ("inversion", "noising")):
+        pipe.synapse.register_to_config(image_latents=trained)
+        assert pipe.default_feature_source == trained
+        caplog.clear()
+        diffusers.utils.logging.enable_propagation()
+        run(pipe, image, PROMPTS[0])
+        assert not caplog.text
+        run(pipe, image, PROMPTS[0], feature_source=given)
+        diffusers.utils.logging.disable_propagation()
+        assert f"trained with image latents from '{trained}', this call's are from '{given}'" in caplog.text
 
 
 # -------------------------------------------------------------------------------- diffusers' own battery of behaviours

@@ -125,11 +125,19 @@ def test_freezing_casts_what_is_frozen_and_keeps_what_is_trained_in_float32(trai
         freeze(training_pipe, "vae")
 
 
-@pytest.mark.parametrize("name", ["image_text_encoder", "image_unet", "synapse"])
+@pytest.mark.parametrize("name", ["image_vae", "image_unet", "synapse"])
 def test_a_pipeline_without_what_training_needs_is_refused_by_name(training_pipe, name):
     setattr(training_pipe, name, None)
     with pytest.raises(ValueError, match=f"Training needs `{name}`"):
         freeze(training_pipe, "synapse")
+
+
+def test_a_picture_without_text_is_trained_on_as_it_is_played(training_pipe, batch, tmp_path):
+    training_pipe.image_text_encoder = training_pipe.image_tokenizer = None
+    objective = make_objective(training_pipe, tmp_path)
+    with objective.attached():
+        objective(batch, 0).backward()
+    assert training_pipe.synapse.alphas.grad.any()
 
 
 def test_gradient_checkpointing_changes_no_gradient(training_pipe, batch, tmp_path):
