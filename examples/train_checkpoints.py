@@ -107,7 +107,7 @@ def resume(state: State) -> None:
     if fixed := [f"--{name} {earlier[name]}" for name in FIXED if name in changed]:
         raise ValueError(f"{checkpoint} was trained with {', '.join(fixed)}: give the same, or start anew.")
     load_checkpoint(state, checkpoint)
-    if earlier:
+    if earlier and not args.streaming:
         keep_place(state, earlier)
     accelerator.print(f"Resumed at step {state.position.step}.")
     for name in changed.keys() - UNTOLD:

@@ -2,9 +2,13 @@
 
 import argparse
 import functools
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -14,14 +18,16 @@ from torch.utils.data import DataLoader, Sampler
 from melfusion_pipeline.data import (
     COLUMNS,
     TripletDataset,
-    check_rows,
+    examine_rows,
     format_problems,
+    list_problems,
     load_rows,
     load_set,
     read_triplet,
     select_good_rows,
     set_root,
 )
+from melfusion_pipeline.files_melfusion import atomic_write
 from melfusion_pipeline.pictures_melfusion import prepare_image
 from melfusion_pipeline.streams import TripletStream
 
@@ -68,7 +74,7 @@ def is_in_split(row_split: str | None, split: str) -> bool:
 def load_checked_rows(
     path: str, split: str | None, args: argparse.Namespace, accelerator: Accelerator
 ) -> Iterable[dict]:
-    """Opens a set; the main process reads every row once and all leave out what it found wrong."""
+    """Opens a set; the processes read every row once and leave out what they found wrong."""
     columns = {column: getattr(args, f"{column}_column") for column in COLUMNS}
     if path == args.dataset_name:
         # A set to validate on is small and read again and again.
@@ -85,11 +91,52 @@ def load_checked_rows(
         rows = rows.filter(functools.partial(is_in_split, split=split), input_columns="split")
         if next(iter(rows), None) is None:
             raise ValueError(f"{path} holds no row of the split {split!r}.")
-    problems = [check_rows(rows, data_root(path, args)) if accelerator.is_main_process else None]
-    broadcast_object_list(problems)
+    problems = check_together(rows, data_root(path, args), args.output_dir, accelerator)
     if args.check_data:
-        accelerator.print(format_problems(problems[0]) if problems[0] else f"{path}: no problems")
-    return select_good_rows(rows, problems[0], args.skip_bad_rows or args.check_data)
+        accelerator.print(format_problems(problems) if problems else f"{path}: no problems")
+    return select_good_rows(rows, problems, args.skip_bad_rows or args.check_data)
+
+
+def check_together(
+    rows: Iterable[dict], root: str, output_dir: Path, accelerator: Accelerator
+) -> list[tuple[int, str]]:
+    """Checks a set, each process a share; what was found is kept beside the checkpoints until the set changes."""
+    kept, problems = None, [None]
+    if accelerator.is_main_process:
+        kept = output_dir / f".checked-{digest_rows(rows, root)}.json"
+        problems = [json.loads(kept.read_text()) if kept.is_file() else None]
+    broadcast_object_list(problems)
+    if problems[0] is None:
+        first, step = accelerator.process_index, accelerator.num_processes
+        # A stream has no length to show progress by.
+        sized = hasattr(rows, "__len__")
+        own = rows.select(range(first, len(rows), step)) if sized else islice(rows, first, None, step)
+        problems = [list_problems(gather_object(examine_rows(own, root)))]
+        if accelerator.is_main_process:
+            with atomic_write(kept) as temporary:
+                temporary.write_text(json.dumps(problems[0]))
+    return [(number, text) for number, text in problems[0]]
+
+
+def digest_rows(rows: Iterable[dict], root: str) -> str:
+    """Digests a set: its fields, what lies in it, and of files beside it their size and when they were changed."""
+    digest = hashlib.sha256(str(root).encode())
+    for row in rows:
+        files = [row["image"], row["audio"]]
+        digest.update(repr(row | {"image": None, "audio": None}).encode("utf-8", "surrogatepass"))
+        digest.update(b"".join(digest_file(file, root) for file in files))
+    return digest.hexdigest()[:16]
+
+
+def digest_file(file: str | dict | None, root: str) -> bytes:
+    embedded = file["bytes"] if isinstance(file, dict) else None
+    path = (file["path"] if isinstance(file, dict) else file) or ""
+    try:
+        stamps = None if embedded else os.stat(os.path.join(root, path))
+        text = f"{path} {stamps.st_size} {stamps.st_mtime_ns}" if stamps else path
+    except (OSError, ValueError):
+        text = path
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass") + (embedded or b"")).digest()
 
 
 def data_root(path: str, args: argparse.Namespace) -> str:

@@ -9,9 +9,10 @@ loader = DataLoader(TripletDataset(rows, read), batch_size=4, shuffle=True)
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -99,20 +100,38 @@ def check_rows(rows: Iterable[dict], data_root: PathLike, min_duration_in_s: flo
     Returns:
         Row number and message for each malformed, missing, unreadable, silent, too short or repeated triplet.
     """
+    return list_problems(examine_rows(rows, data_root, min_duration_in_s))
+
+
+class ExaminedRow(NamedTuple):
+    """What was seen of a row: its number, what is wrong with it, and a digest of its contents, if they can be read."""
+
+    number: int
+    problems: list[str]
+    digest: bytes | None
+
+
+def examine_rows(rows: Iterable[dict], data_root: PathLike, min_duration_in_s: float = 1.0) -> list[ExaminedRow]:
+    """The part of `check_rows` that reads, for any share of a set; `list_problems` takes the shares together."""
+    return [
+        examine_row(row, data_root, min_duration_in_s) for row in logging.tqdm(rows, desc="Checking", unit=" rows")
+    ]
+
+
+def list_problems(examined: Iterable[ExaminedRow]) -> list[tuple[int, str]]:
+    """Returns row number and message of all problems, by row number, repeated rows among them."""
     problems, first_rows = [], {}
-    for row in logging.tqdm(rows, desc="Checking", unit=" rows"):
-        problems += [(row["row"], text) for text in check_row(row, data_root, min_duration_in_s, first_rows)]
+    for row in sorted(examined, key=lambda row: row.number):
+        problems += [(row.number, text) for text in row.problems]
+        if row.digest is not None and first_rows.setdefault(row.digest, row.number) != row.number:
+            problems.append((row.number, f"repeats row {first_rows[row.digest]}"))
     return problems
 
 
-def check_row(row: dict, data_root: PathLike, min_duration_in_s: float, first_rows: dict[bytes, int]) -> Iterator[str]:
-    """Yields what is wrong with one row; the arguments beside `row` and `first_rows` are those of `check_rows`.
-
-    `first_rows` collects which row held which contents first.
-    """
+def examine_row(row: dict, data_root: PathLike, min_duration_in_s: float) -> ExaminedRow:
+    """Reads the files of one row; the arguments are those of `check_rows`."""
     if row["problem"]:
-        yield row["problem"]
-        return
+        return ExaminedRow(row["row"], [row["problem"]], None)
     digest = hashlib.sha256(row["caption"].encode())
     try:
         digest.update(open_image(locate(row["image"], data_root)).tobytes())
@@ -120,14 +139,14 @@ def check_row(row: dict, data_root: PathLike, min_duration_in_s: float, first_ro
         waveform, sampling_rate = load_audio(path, row["start"] or 0.0, row["duration"])
         digest.update(waveform.numpy())
     except ValueError as error:
-        yield str(error)
-        return
+        return ExaminedRow(row["row"], [str(error)], None)
+    problems = []
     if waveform.shape[-1] < min_duration_in_s * sampling_rate:
-        yield f"{str(path)!r} is too short: {waveform.shape[-1] / sampling_rate:.2f} s"
+        problems.append(f"{str(path)!r} is too short: {waveform.shape[-1] / sampling_rate:.2f} s")
     if is_silent(waveform):
-        yield f"{str(path)!r} is silent" + ("" if all(map(is_silent, waveform.unsqueeze(1))) else CANCELLING)
-    if first_rows.setdefault(digest.digest(), row["row"]) != row["row"]:
-        yield f"repeats row {first_rows[digest.digest()]}"
+        cancelling = "" if all(map(is_silent, waveform.unsqueeze(1))) else CANCELLING
+        problems.append(f"{str(path)!r} is silent{cancelling}")
+    return ExaminedRow(row["row"], problems, digest.digest())
 
 
 def is_silent(waveform: torch.Tensor) -> bool:

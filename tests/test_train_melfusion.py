@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,6 +229,31 @@ def test_wrong_flags_are_refused_before_anything_loads(workspace, tmp_path, caps
 def reset_accelerate() -> None:
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+
+
+def test_a_set_is_checked_once_until_it_changes(workspace, tmp_path, capsys):
+    for name in ("train.jsonl", "0.png", "0.flac", "1.png", "1.flac"):
+        shutil.copy(workspace / name, tmp_path)
+    rows = (workspace / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(rows[:2]))
+    args = train_arguments.parse_arguments(
+        "", arguments(workspace, tmp_path, train_data=tmp_path / "train.jsonl", check_data=True)
+    )
+
+    def checked() -> tuple[bool, str]:
+        reset_accelerate()
+        assert train_melfusion.set_up(args, train_melfusion.make_accelerator(args)) is None
+        output, errors = capsys.readouterr()
+        return "Checking" in errors, output
+
+    assert checked() == (True, f"{tmp_path / 'train.jsonl'}: no problems\n") and not checked()[0]
+    (tmp_path / "1.flac").write_bytes(b"no music")
+    again, output = checked()
+    assert again and "1.flac" in output and checked() == (False, output)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(rows[0])
+    again, output = checked()
+    assert again and "repeats row 0" in output
 
 
 def test_a_folder_with_a_name_of_its_own_is_no_checkpoint(workspace, tmp_path):

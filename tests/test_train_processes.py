@@ -19,6 +19,7 @@ from processes import start, start_anew
 from test_train_melfusion import arguments, losses, train, workspace  # noqa: F401 - a fixture
 
 from melfusion_pipeline import MelFusionPipeline
+from melfusion_pipeline.data import check_rows, format_problems, load_rows
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate"
 
@@ -80,6 +81,23 @@ def trained_weights(folder: Path) -> torch.Tensor:
     return torch.cat([parameter.flatten() for name, parameter in named if is_felt(name, parameter)])
 
 
+def test_processes_share_the_check_of_a_set(workspace, tmp_path):  # noqa: F811
+    """What one finds wrong and what only both together can find, as one process says it."""
+    rows = (workspace / "train.jsonl").read_text()
+    data = workspace / "shared.jsonl"
+    data.write_text(rows + rows.splitlines()[0] + '\n{"image": "0.png", "audio": "gone.flac", "caption": "x"}\n')
+    flags = {"train_data": data, "check_data": True}
+
+    def run(rank: int) -> None:
+        train_melfusion.main(arguments(workspace, tmp_path / "two", **flags))
+
+    results = on_two_processes(tmp_path, run)
+    assert [status for status, _ in results] == [0, 0], results
+    assert all("5/5" in output for _, output in results)
+    expected = format_problems(check_rows(load_rows(data), workspace))
+    assert "repeats row 0" in expected and "gone.flac" in expected and expected in results[0][1]
+
+
 def test_all_processes_resume_where_the_main_one_does(workspace, tmp_path):  # noqa: F811
     """Each has a disk of its own, on which it stands in the folder `out`."""
     disks = [tmp_path / "disk-0", tmp_path / "disk-1"]
@@ -93,6 +111,7 @@ def test_all_processes_resume_where_the_main_one_does(workspace, tmp_path):  # n
 
     disks[1].mkdir()
     for status, output in on_two_processes(tmp_path, run):
+        assert "Checking" not in output, "the first training has checked the set"
         assert status == 1 and "checkpoint-3, which is missing for process 1 on" in output, output
     # The other process has gone further, and its own latest checkpoint is another.
     shutil.copytree(disks[0] / "out", disks[1] / "out", dirs_exist_ok=True)
