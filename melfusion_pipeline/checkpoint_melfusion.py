@@ -71,6 +71,10 @@ class CheckpointMixin:
         Weights are read from safetensors where there are any, else from `.bin` files by torch's restricted unpickler,
         which runs no code; a warning names these files. `use_safetensors=True` refuses them.
 
+        A call then takes the scheduler of the music model and 50 steps, a quarter of what AudioLDM's authors take by
+        default. That ten steps of `DPMSolverMultistepScheduler` are enough was measured with the small checkpoint
+        only; with AudioLDM's weights it remains to be tried (`pipe.scheduler = ...from_config(pipe.scheduler.config)`).
+
         Args:
             image_model: Hub id or folder of a text-to-image checkpoint with a `UNet2DConditionModel`.
             music_model: Hub id or folder of a text-to-music checkpoint in diffusers' layout.
