@@ -201,6 +201,8 @@ def workspace(tmp_path_factory, hub) -> Path:
     else:
         MelFusionPipeline(**untrained_components(mel_bands=64, latent_frames=128)).save_pretrained(folder / BUNDLED)
     write_set(folder / "set")
+    for name, without in (("photographs", "*.flac"), ("songs", "*.png")):
+        shutil.copytree(folder / "set", folder / name, ignore=shutil.ignore_patterns("*.jsonl", without))
     song = np.sin(2 * np.pi * 440 * np.arange(45 * 44100) / 44100) * 0.4
     soundfile.write(folder / "song.mp3", song, 44100)
     write_film(folder / "holiday.mp4", sound=clicks([1, 2], 4))
@@ -274,7 +276,7 @@ def test_the_blocks_made_what_the_page_says(workspace, hub, namespaces):
         assert read_film(workspace / "build" / f"{name}.mp4").duration == pytest.approx(seconds, abs=0.01)
         assert (workspace / "build" / f"{name}.json").is_file() and (workspace / "build" / f"{name}.png").is_file()
     assert soundfile.info(workspace / "cello.wav").duration == pytest.approx(10.24)
-    assert list(namespaces["Train it on your own triplets"]["latents"].shape) == [1, 8, 256, 16]
+    assert list(namespaces["With a loop of your own"]["latents"].shape) == [1, 8, 256, 16]
     results = json.loads((workspace / "results" / "results.json").read_text())
     assert set(results["systems"]) == {"melfusion", "text-only", "shuffled", "reference"}
     assert all(len(system["scores"]) == 8 for system in results["systems"].values())
