@@ -99,7 +99,7 @@ def check_call(
     """
     check_components(pipe)
     if audio is not None:
-        _check_audio(pipe, audio)
+        _check_audible(audio)
     _check_integer("num_inference_steps", num_inference_steps, 1, pipe.scheduler.config.num_train_timesteps)
     _check_integer("num_waveforms_per_prompt", num_waveforms_per_prompt, 1, MAX_WAVEFORMS_PER_PROMPT)
     _check_real("guidance_scale", guidance_scale)
@@ -252,14 +252,7 @@ def _check_num_audios(num_audios: int, num_pieces: int, is_storyboard: bool) -> 
     return max(num_audios, num_pieces)
 
 
-def _check_audio(pipe: Any, audio: torch.Tensor) -> None:
-    # Of one latent frame there is no neighbour, and reflection needs half an FFT.
-    shortest = max(pipe.config.spectrogram_fft_length, 2 * pipe._samples_per_latent_frame)
-    if audio.shape[-1] < shortest:
-        raise ValueError(
-            f"`audio` must last {shortest / pipe.sampling_rate:g} s at least, got {audio.shape[-1]} samples at"
-            f" {pipe.sampling_rate} Hz."
-        )
+def _check_audible(audio: torch.Tensor) -> None:
     silent = (~normalize_waveform(audio).any(dim=-1)).nonzero()[:, 0].tolist()
     if silent:
         raise ValueError(f"`audio` is silent (piece {silent[0]}): leave it out to make music of the prompt alone.")

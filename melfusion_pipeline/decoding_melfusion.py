@@ -35,6 +35,11 @@ class DecodingMixin:
         return math.prod(self.vocoder.config.upsample_rates) / self.sampling_rate
 
     @property
+    def _min_given_length_in_s(self) -> float:
+        # Of one latent frame there is no neighbour, and a spectrogram needs half an FFT.
+        return max(self.config.spectrogram_fft_length, 2 * self._samples_per_latent_frame) / self.sampling_rate
+
+    @property
     def _samples_per_latent_frame(self) -> int:
         return self.vae_scale_factor * math.prod(self.vocoder.config.upsample_rates)
 

@@ -20,7 +20,10 @@ MAX_LEVEL_CHANGE = 4.0
 
 
 def as_waveforms(
-    audio: np.ndarray | torch.Tensor, audio_sampling_rate: int | None, sampling_rate: int, max_length_in_s: float
+    audio: np.ndarray | torch.Tensor,
+    audio_sampling_rate: int | None,
+    sampling_rate: int,
+    limits_in_s: tuple[float, float],
 ) -> torch.Tensor:
     """Takes in what a user calls audio: mono, at the pipeline's rate.
 
@@ -29,14 +32,15 @@ def as_waveforms(
             averaged. Mono at `sampling_rate` stays as it is, bit for bit.
         audio_sampling_rate: Its rate, in Hz.
         sampling_rate: The pipeline's, in Hz.
-        max_length_in_s: What is longer is refused before it is resampled.
+        limits_in_s: The least and the greatest length; anything else is refused before it is resampled.
 
     Returns:
         float32 `[pieces, samples]`, on the CPU.
 
     Raises:
         TypeError: If `audio` is not a floating-point array or tensor.
-        ValueError: If it is empty, too long, not finite or of another shape, or its rate is missing or none.
+        ValueError: If it is empty, too short, too long, not finite or of another shape, or its rate is missing or
+            none.
     """
     if audio_sampling_rate is None:
         raise ValueError(
@@ -50,9 +54,11 @@ def as_waveforms(
     waveforms = waveforms[(None,) * (3 - waveforms.ndim)]
     if 1 < waveforms.shape[-1] < waveforms.shape[-2]:
         raise ValueError(f"`audio` has more channels than samples: {shape}. Transpose it to [channels, samples].")
-    if waveforms.shape[-1] > max_length_in_s * audio_sampling_rate:
+    seconds = waveforms.shape[-1] / audio_sampling_rate
+    if not limits_in_s[0] <= seconds <= limits_in_s[1]:
         raise ValueError(
-            f"`audio` lasts {waveforms.shape[-1] / audio_sampling_rate:g} s, more than {max_length_in_s:g} s: cut it."
+            f"`audio` must last {limits_in_s[0]:g} to {limits_in_s[1]:g} s, got {seconds:g} s:"
+            f" {waveforms.shape[-1]} samples at {audio_sampling_rate} Hz."
         )
     return resample(waveforms.double().mean(dim=1), audio_sampling_rate, sampling_rate).float()
 
@@ -218,12 +224,12 @@ class GivenLatents:
     Args:
         latents: Those of the given music, without noise: `[waveforms, channels, time, frequency]`.
         noise: The call's initial noise, unscaled, of the same shape.
-        anew: Which frames are made, bool `[time]`; the others are the given ones, at every noise level.
+        kept: Which frames are the given ones at every noise level, bool `[time, 1]`; None if all are made.
     """
 
     latents: torch.Tensor
     noise: torch.Tensor
-    anew: torch.Tensor
+    kept: torch.Tensor | None
 
     def begin(
         self, scaled_noise: torch.Tensor, scheduler: Any, timestep: torch.Tensor, strength: float
@@ -239,10 +245,10 @@ class GivenLatents:
         Returns:
             Latents of the first timestep, shaped as `scaled_noise`.
         """
-        if strength == 1.0 and self.anew.all():
+        if strength == 1.0 and self.kept is None:
             return scaled_noise
         noised = scheduler.add_noise(self.latents, self.noise, timestep)
-        return noised if strength < 1.0 else self._hold(scaled_noise, noised)
+        return noised if strength < 1.0 else torch.where(self.kept, noised, scaled_noise)
 
     def after_step(self, latents: torch.Tensor, scheduler: Any, timesteps: torch.Tensor, step: int) -> torch.Tensor:
         """Puts the given music, noised for the next step, around what is made.
@@ -256,15 +262,14 @@ class GivenLatents:
         Returns:
             As `latents`; around the stretches, those of the next timestep, and after the last step without noise.
         """
+        is_last = step + 1 == len(timesteps)
         # The first half of a step of second order leaves the latents between two noise levels.
-        if self.anew.all() or ((step + 1) % scheduler.order and step + 1 < len(timesteps)):
+        if self.kept is None or ((step + 1) % scheduler.order and not is_last):
             return latents
-        if step + 1 == len(timesteps):
-            return self._hold(latents, self.latents)
-        return self._hold(latents, scheduler.add_noise(self.latents, self.noise, timesteps[step + 1 : step + 2]))
-
-    def _hold(self, latents: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        return torch.where(self.anew[:, None].to(latents.device), latents, given)
+        given = self.latents
+        if not is_last:
+            given = scheduler.add_noise(given, self.noise, timesteps[step + 1 : step + 2])
+        return torch.where(self.kept, given, latents)
 
 
 def timesteps_from(scheduler: Any, num_inference_steps: int, strength: float) -> torch.Tensor:

@@ -295,15 +295,14 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
         return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
 
     def _prepare_given(
-        self, given_audio: GivenAudio, scaled_noise: torch.Tensor, window_length_in_s: float | None
+        self, given_audio: GivenAudio, scaled_noise: torch.Tensor, anew: torch.Tensor, window_length_in_s: float | None
     ) -> GivenLatents:
-        batch_size, _, num_frames, _ = scaled_noise.shape
-        latents = self._encode_given(given_audio, num_frames, window_length_in_s).to(scaled_noise.dtype)
+        latents = self._encode_given(given_audio, len(anew), window_length_in_s).to(scaled_noise.dtype)
         check_finite("the VAE encoder", latents)
         return GivenLatents(
-            latents.repeat_interleave(batch_size // len(latents), dim=0),
+            latents.repeat_interleave(len(scaled_noise) // len(latents), dim=0),
             scaled_noise / self.scheduler.init_noise_sigma,
-            given_audio.anew(self._samples_per_latent_frame, num_frames),
+            None if anew.all() else ~anew[:, None].to(scaled_noise.device),
         )
 
     def _lay_out_windows(
@@ -537,7 +536,8 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             feature_source = self.default_feature_source
         images = None if image is None else as_pil_images(image)
         if audio is not None:
-            audio = as_waveforms(audio, audio_sampling_rate, self.sampling_rate, MAX_AUDIO_LENGTH_IN_S)
+            limits_in_s = (self._min_given_length_in_s, MAX_AUDIO_LENGTH_IN_S)
+            audio = as_waveforms(audio, audio_sampling_rate, self.sampling_rate, limits_in_s)
         if audio_length_in_s is None:
             given_length_in_s = None if audio is None else audio.shape[-1] / self.sampling_rate
             audio_length_in_s = given_length_in_s or self.default_audio_length_in_s
@@ -612,7 +612,8 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
         if audio is not None:
             stretches = as_stretches(mask_start_in_s, mask_end_in_s, audio.shape[-1] / self.sampling_rate)
             given_audio = GivenAudio.of(audio, self.sampling_rate, stretches, audio_length_in_s)
-            given_latents = self._prepare_given(given_audio, latents, window_length_in_s)
+            anew = given_audio.anew(self._samples_per_latent_frame, latents.shape[-2])
+            given_latents = self._prepare_given(given_audio, latents, anew, window_length_in_s)
             latents = given_latents.begin(latents, self.scheduler, timesteps[:1], strength)
 
         # 5. Lay out the windows
@@ -621,8 +622,8 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             rows = ROWS_ON_CPU if device.type == "cpu" else ROWS_ON_ACCELERATOR
             window_batch_size = max(1, rows // (self.guidance.num_branches * batch_size))
         groups = list(windows.groups(window_batch_size))
-        if given_latents is not None:
-            groups = [group for group in groups if windows.cut(given_latents.anew[:, None], group).any()]
+        if given_audio is not None:
+            groups = [group for group in groups if windows.cut(anew[:, None], group).any()]
 
         # 6. Fit the picture's keys and values to a window; look up which recorded ones each step blends
         blenders, alphas, recorded = KVBlenders([]), latents.new_empty(0, 3), [{}] * len(timesteps)

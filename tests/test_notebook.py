@@ -39,22 +39,24 @@ def check_outputs(notebook):
     kinds = [output.output_type for cell in notebook.cells for output in cell.get("outputs", [])]
     assert "error" not in kinds
     waveforms, pictures = media(notebook)
-    # With the picture, without it, the sweep, and four pictures in time.
-    assert len(waveforms) == 7
+    # With the picture, without it, the sweep, four pictures in time, and a stretch made anew.
+    assert len(waveforms) == 8
     assert min(np.abs(waveform).max() for waveform in waveforms) > 1e-3
-    with_picture, without, *sweep, storyboard = waveforms
-    assert len({len(waveform) for waveform in waveforms[:-1]}) == 1
+    with_picture, without, *sweep, storyboard, anew = waveforms
+    assert len({len(waveform) for waveform in (with_picture, without, *sweep, anew)}) == 1
     # An MP3 ends with a whole block.
     assert len(storyboard) == pytest.approx(4 * len(without), abs=8000)
     assert np.array_equal(sweep[0], without) and np.array_equal(sweep[2], with_picture)
     assert np.abs(with_picture - without).max() > 1e-3
-    # Picture, reconstruction, two spectrograms, alphas, influence, sweep, storyboard; none of them blank.
-    assert len(pictures) == 8
+    assert np.abs(anew - with_picture)[32000:64000].max() > 1e-2
+    # Picture, reconstruction, two spectrograms, alphas, influence, sweep, storyboard, stretch; none of them blank.
+    assert len(pictures) == 9
     assert all(len(picture.resize((64, 64)).getcolors(4096)) > 20 for picture in pictures)
 
     printed = texts(notebook)
     changes = [float(change) for change in re.findall(r"mean change of the log-mel ([\d.]+)", printed)]
     assert changes[0] == 0 and len(changes) == 4 and min(changes[1:]) > 0
+    assert "\n0 of 49920 samples around the stretch changed" in printed
     assert re.search(r"picture \d+\.\d+, inverted to noise \d+\.\d+\n", printed)
     layers = re.findall(r"up_blocks\S+: (\d+) moments, (\d+) x \2 regions, weights sum to -?[\d.]+", printed)
     sides = [int(side) for _, side in layers]
