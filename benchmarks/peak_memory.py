@@ -1,6 +1,7 @@
 """Measures peak resident memory at full size (random weights): each stage alone, both apart in one process, together.
 
 python benchmarks/peak_memory.py
+python benchmarks/peak_memory.py --sizes
 
 Apart means: load the picture's side, encode, save the features, free it, load the music side, load the features, call.
 """
@@ -14,10 +15,13 @@ import tempfile
 from pathlib import Path
 
 import PIL.Image
+import torch
+from diffusers import DDIMScheduler
 from full_size import build_components
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.features_melfusion import ImageFeatures
+from melfusion_pipeline.inversion_melfusion import record_image_features
 
 WAYS = ("picture alone", "music alone", "apart", "together")
 IMAGE_SIDE = ("image_vae", "image_text_encoder", "image_tokenizer", "image_unet", "image_scheduler", "synapse")
@@ -29,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=512)
     parser.add_argument("--audio_length_in_s", type=float, default=10.24)
     parser.add_argument("--num_inversion_steps", type=int, default=10)
+    parser.add_argument("--sizes", action="store_true", help="count the bytes of features instead, for long pieces too")
     parser.add_argument("--way", choices=WAYS, help="measure this one in this process (used by the script itself)")
     parser.add_argument("--features", type=Path, help="file of the features (used by the script itself)")
     return parser.parse_args()
@@ -68,8 +73,35 @@ def run(args: argparse.Namespace) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
+@torch.no_grad()
+def print_sizes(args: argparse.Namespace) -> None:
+    """Prints what recorded and fitted features take in half precision; on the meta device nothing is computed."""
+    with torch.device("meta"):
+        pipe = MelFusionPipeline(**build_components())
+        for name in ("image_unet", "synapse"):
+            getattr(pipe, name).to(torch.float16)
+        side = args.image_size // pipe.image_vae_scale_factor
+        image_latents = torch.empty(1, pipe.image_unet.config.in_channels, side, side)
+        prompt_embeds = torch.empty(1, 77, pipe.image_unet.config.cross_attention_dim, dtype=torch.float16)
+    layers = pipe.synapse.config.image_layers
+    steps = args.num_inversion_steps
+    features = record_image_features(pipe.image_unet, DDIMScheduler(), image_latents, prompt_embeds, layers, steps)
+    for name, pictures, seconds in (
+        ("batch of 8, 10.24 s", 8, 10.24),
+        ("batch of 8, 30 s in one window", 8, 30.0),
+        ("ten minutes with 60 pictures, windows of 10.24 s", 60, 10.24),
+    ):
+        window = torch.empty(1, *pipe._latent_shape(seconds), device="meta")
+        fitted, _ = pipe.fit_image_features(features.select(0), window)
+        recorded, one = (pictures * size.nbytes / 1e9 for size in (features, fitted))
+        print(f"{name}: recorded {recorded:.2f} GB, fitted one step {one:.3f} GB, all at once {steps * one:.2f} GB")
+
+
 def main() -> None:
     args = parse_arguments()
+    if args.sizes:
+        print_sizes(args)
+        return
     if args.way:
         run(args)
         return

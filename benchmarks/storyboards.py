@@ -21,7 +21,7 @@ from melfusion_pipeline.metrics import bootstrap_interval
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "small_checkpoint")]
 from evaluate_storyboards import format_boundaries, group_rows, make_storyboards, part, score_boundaries  # noqa: E402
-from evaluate_systems import claim_folder, digest_components, make_clips  # noqa: E402
+from evaluate_systems import claim_folder, digest_components, group_by_picture, make_clips  # noqa: E402
 from judge import rank_correlation  # noqa: E402
 from measure_music import onset_rate  # noqa: E402
 
@@ -73,7 +73,7 @@ def make(arguments: argparse.Namespace, rows: list[dict]) -> None:
     for system in SYSTEMS:
         claim_folder(arguments.output / system, settings)
     make_storyboards(pipe, group_rows(rows, NUM_PICTURES), options, arguments.output / "storyboard")
-    make_clips(pipe, ["melfusion"], rows, None, options, arguments.output)
+    make_clips(pipe, group_by_picture(["melfusion"], rows), None, options, arguments.output)
 
 
 def middle_onset_rate(path: Path) -> float:

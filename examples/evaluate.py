@@ -36,6 +36,7 @@ from evaluate_systems import (
     claim_folder,
     digest_components,
     find_clips,
+    group_by_picture,
     make_clips,
     name_and_path,
     replace_file,
@@ -234,7 +235,7 @@ def claim_output(arguments: argparse.Namespace, systems: Sequence[str], pipe, ca
 def generate(
     arguments: argparse.Namespace, systems: Sequence[str], rows: Sequence[dict], pipe, accelerator, options
 ) -> None:
-    """Makes the clips of all systems, each process those of its rows, and waits for the others."""
+    """Makes the clips of all systems, each process those of its pictures, and waits for the others."""
     captioner = ImageCaptioner(arguments.caption_model, accelerator.device) if "caption" in systems else None
     if "shuffled" in systems:
         others = shuffle_pictures([row["image"] for row in rows], options["seed"])
@@ -245,7 +246,7 @@ def generate(
     # Not the missing clips are shared out: processes that look at different times would not agree which those are.
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     of_rows = [system for system in systems if system != "storyboard"]
-    make_clips(pipe, of_rows, rows[share], captioner, options, arguments.output)
+    make_clips(pipe, group_by_picture(of_rows, rows)[share], captioner, options, arguments.output)
     if "storyboard" in systems:
         groups = group_rows(rows, arguments.storyboard_pictures)[share]
         make_storyboards(pipe, groups, options, arguments.output / "storyboard")

@@ -5,6 +5,7 @@ processes they are made. All systems start from the same noise.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from diffusers import SchedulerMixin
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from melfusion_pipeline import MelFusionPipeline
+from melfusion_pipeline import ImageFeatures, MelFusionPipeline
 from melfusion_pipeline.audio import (
     AV_SUFFIXES,
     Spectrogram,
@@ -33,6 +34,8 @@ from melfusion_pipeline.pictures_melfusion import to_rgb
 from melfusion_pipeline.training import hash_weights
 
 SYSTEMS = ("melfusion", "text-only", "caption", "shuffled", "reference", "storyboard")
+# What of a call is the picture's, and goes to `encode_image`.
+ENCODING = ("feature_source", "num_inversion_steps")
 SUFFIXES = (".flac", ".wav", ".ogg", ".mp3", *AV_SUFFIXES)
 
 
@@ -148,39 +151,65 @@ def reconstruct(pipe: MelFusionPipeline, row: dict, seconds: float) -> torch.Ten
 
 
 def make_clip(
-    pipe: MelFusionPipeline, system: str, row: dict, captioner: Callable | None, options: dict
+    pipe: MelFusionPipeline,
+    system: str,
+    row: dict,
+    captioner: Callable | None,
+    options: dict,
+    encode: Callable[[str], ImageFeatures],
 ) -> torch.Tensor:
     """Makes the waveform `[T]` of one system for one row; `shuffled` sees the row's `other_image`."""
     if system == "reference":
         return reconstruct(pipe, row, options["call"]["audio_length_in_s"])
-    image, prompt = open_image(row["other_image" if system == "shuffled" else "image"]), row["caption"]
+    prompt, call = row["caption"], {name: value for name, value in options["call"].items() if name not in ENCODING}
     if system == "caption":
-        prompt = f"{prompt.rstrip(' .')}. {captioner(image)}"
-    call = dict(options["call"])
+        prompt = f"{prompt.rstrip(' .')}. {captioner(open_image(row['image']))}"
     if system in ("text-only", "caption"):
-        image = call["image_guidance_scale"] = None
+        call["image_guidance_scale"] = None
+    else:
+        call["image_features"] = encode(row[picture_column(system)])
     generator = row_generator(options["seed"], row["row"])
-    return pipe(image, prompt, generator=generator, output_type="pt", **call).audios[0]
+    return pipe(prompt=prompt, generator=generator, output_type="pt", **call).audios[0]
+
+
+def picture_encoder(pipe: MelFusionPipeline, options: dict) -> Callable[[str], ImageFeatures]:
+    """Gives a function that encodes a picture, unless it is the one that it encoded last."""
+    encoding = {name: options["call"][name] for name in ENCODING if name in options["call"]}
+    return functools.lru_cache(maxsize=1)(lambda picture: pipe.encode_image(open_image(picture), **encoding))
+
+
+def picture_column(system: str) -> str:
+    """The column of the picture that a system sees."""
+    return "other_image" if system == "shuffled" else "image"
+
+
+def group_by_picture(systems: Sequence[str], rows: Sequence[dict]) -> list[list[tuple[str, dict]]]:
+    """Puts together the clips, system and row each, that are made of one picture, so that it is encoded once."""
+    groups = {}
+    for row in rows:
+        for system in systems:
+            groups.setdefault(row[picture_column(system)], []).append((system, row))
+    return list(groups.values())
 
 
 @torch.no_grad()
 def make_clips(
     pipe: MelFusionPipeline,
-    systems: Sequence[str],
-    rows: Sequence[dict],
+    groups: Sequence[Sequence[tuple[str, dict]]],
     captioner: Callable | None,
     options: dict,
     output: Path,
 ) -> None:
-    """Makes the clips `<output>/<system>/<row>.flac` of these rows that are not there yet."""
+    """Makes the clips `<output>/<system>/<row>.flac` of `group_by_picture` that are not there yet."""
     pipe.set_progress_bar_config(disable=True)
-    for row in tqdm(rows, desc="Making clips", unit=" rows"):
-        for system in systems:
+    encode = picture_encoder(pipe, options)
+    for group in tqdm(groups, desc="Making clips", unit=" pictures"):
+        for system, row in group:
             path = output / system / f"{row['row']}.flac"
             if path.exists():
                 continue
             try:
-                waveform = make_clip(pipe, system, row, captioner, options)
+                waveform = make_clip(pipe, system, row, captioner, options, encode)
                 save_audio(path, waveform, pipe.sampling_rate)
             except ValueError as error:
                 raise ValueError(f"The system {system} failed at row {row['row']}: {error}") from error

@@ -76,8 +76,8 @@ def blend_image(
 class _FeatureReader:
     """A forward pre-hook of the UNet: sets what its pass blends.
 
-    Its arguments are those of `blend_image` and the blending processors. Features are fitted once for each size of the
-    latents and length of the texts.
+    Its arguments are those of `blend_image` and the blending processors. What is fitted last is kept: the next pass is
+    most often of the same recorded step, size of the latents and lengths of the texts.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class _FeatureReader:
         self.signature = inspect.signature(getattr(unet, "_orig_mod", unet).forward)
         self.synapse, self.image_features, self.synapse_scale = synapse, image_features, synapse_scale
         self.num_branches, self.blenders = num_branches, blenders
-        self.fitted_for: list[int] | None = None
+        self.fitted_for: tuple[int, list[int]] | None = None
 
     @torch.no_grad()
     def __call__(self, unet: ModelMixin, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -106,24 +106,24 @@ class _FeatureReader:
                 f" {self.num_branches} guidance branches cannot share: pass as many prompts as pictures, and the"
                 " `num_branches` of the pipeline."
             )
-        self._fit(sample, call)
         timesteps = torch.as_tensor(call["timestep"]).flatten()
         # One timestep, as diffusers' pipelines pass it, need not be waited for.
         if len(timesteps) > 1 and not (timesteps == timesteps[0]).all():
             raise ValueError(f"`blend_image` needs all rows at one timestep, got {timesteps.tolist()}.")
-        (step,) = self.fitted.nearest(timesteps[:1]).tolist()
-        self.blenders.read(self.fitted.at_step(step), self.alphas)
+        (step,) = self.image_features.nearest(timesteps[:1]).tolist()
+        self._fit(step, sample, call)
+        self.blenders.read(self.fitted.at_step(0), self.alphas)
 
-    def _fit(self, sample: torch.Tensor, call: dict[str, Any]) -> None:
+    def _fit(self, step: int, sample: torch.Tensor, call: dict[str, Any]) -> None:
         texts = [call.get(name) for name in ("encoder_hidden_states", "encoder_hidden_states_1")]
         # AudioLDM 2's UNet takes the first text where there is no second.
         first, second = texts[0], texts[0] if texts[1] is None else texts[1]
         lengths = {"encoder_hidden_states": first, "encoder_hidden_states_1": second}
         lengths = {name: text.shape[1] for name, text in lengths.items() if text is not None}
         num_tokens = self.synapse.num_tokens(*sample.shape[-2:], lengths)
-        if num_tokens == self.fitted_for:
+        if (step, num_tokens) == self.fitted_for:
             return
-        features = self.image_features
+        features = self.image_features.select(step)
         keys, values, alphas = self.synapse(features.keys, features.values, num_tokens, self.synapse_scale)
-        self.fitted, self.fitted_for = replace(features, keys=keys, values=values), num_tokens
+        self.fitted, self.fitted_for = replace(features, keys=keys, values=values), (step, num_tokens)
         self.alphas = alphas[:, None].expand(-1, self.num_branches)

@@ -390,8 +390,7 @@ def _check_image_features(pipe: Any, image_features: ImageFeatures) -> int:
     _check_present(pipe, ("synapse",), "`image_features`")
     pipe.synapse.check_unets(None, pipe.unet)
     pipe.synapse.check_image_features(image_features.keys)
-    tensors = (*image_features.keys.values(), *image_features.values.values())
-    if not all(tensor.isfinite().all() for tensor in tensors):
+    if not image_features.is_finite:
         raise ValueError("`image_features` holds NaN or infinite values.")
     return image_features.num_images
 

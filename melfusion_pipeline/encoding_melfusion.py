@@ -1,5 +1,7 @@
 """From a picture to its features: what runs on the picture's side, once for any number of calls."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import PIL.Image
@@ -98,9 +100,10 @@ class EncodingMixin:
             )
             for first in range(0, len(images), IMAGES_AT_ONCE)
         ]
-        features = ImageFeatures.join(parts)
-        check_finite("the inversion of the picture", *features.keys.values(), *features.values.values())
-        return replace(features, image_size=image_size or self.default_image_size)
+        features = replace(ImageFeatures.join(parts), image_size=image_size or self.default_image_size)
+        if not features.is_finite:
+            check_finite("the inversion of the picture", *features.keys.values(), *features.values.values())
+        return features
 
     def prepare_image_latents(self, image: Image, image_size: int | None = None) -> torch.Tensor:
         """Prepares pictures and encodes them: the mode of the VAE's posterior, so that no generator is consumed.
@@ -154,7 +157,7 @@ class EncodingMixin:
         synapse_scale: float | list[float] = 1.0,
         prompts: dict[str, torch.Tensor] | None = None,
     ) -> tuple[ImageFeatures, torch.Tensor]:
-        """Fits recorded features to the music UNet, once for all denoising steps (visual synapse, method section 2).
+        """Fits recorded features to the music UNet (visual synapse, method section 2).
 
         Args:
             image_features: As recorded.
@@ -169,3 +172,23 @@ class EncodingMixin:
         num_tokens = self.synapse.num_tokens(*latents.shape[-2:], text_lengths(prompts or {}))
         keys, values, alphas = self.synapse(image_features.keys, image_features.values, num_tokens, synapse_scale)
         return replace(image_features, keys=keys, values=values), alphas
+
+    def _fit_when_due(
+        self,
+        image_features: ImageFeatures,
+        latents: torch.Tensor,
+        synapse_scale: float | list[float],
+        prompts: dict[str, torch.Tensor],
+    ) -> Callable[[int], tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]]:
+        """Gives a function of a recorded step's number: what that step blends, and the alphas.
+
+        Only the last one is kept. Denoising reads the steps one after the other, and all of them fitted at once are
+        ten times as large.
+        """
+
+        @functools.lru_cache(maxsize=1)
+        def fit(step: int) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+            fitted, alphas = self.fit_image_features(image_features.select(step), latents, synapse_scale, prompts)
+            return fitted.at_step(0), alphas
+
+        return fit

@@ -1,5 +1,6 @@
 """What a picture contributes to the music, as a value: `ImageFeatures`."""
 
+import functools
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -67,6 +68,26 @@ class ImageFeatures:
     def nbytes(self) -> int:
         """The memory that keys and values take, in bytes."""
         return sum(tensor.nbytes for tensor in (*self.keys.values(), *self.values.values()))
+
+    @functools.cached_property
+    def is_finite(self) -> bool:
+        """Whether no key or value is NaN or infinite. They are looked through once, at the first question."""
+        return all(bool(tensor.isfinite().all()) for tensor in (*self.keys.values(), *self.values.values()))
+
+    def select(self, step: int) -> "ImageFeatures":
+        """Gives the recorded step number `step` alone, without a copy.
+
+        Raises:
+            IndexError: If there is no such step.
+        """
+        number = range(len(self.timesteps))[step]
+        only = slice(number, number + 1)
+        return replace(
+            self,
+            keys={layer: key[only] for layer, key in self.keys.items()},
+            values={layer: value[only] for layer, value in self.values.items()},
+            timesteps=self.timesteps[only],
+        )
 
     def nearest(self, timesteps: torch.Tensor) -> torch.LongTensor:
         """Finds the recorded step nearest to each timestep; of two that are as near, the one recorded first.

@@ -1,5 +1,6 @@
 """The visual synapse: what MeLFusion learns. One file without relative imports, so that the Hub can load it alone."""
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -15,6 +16,13 @@ def pooling_matrix(inputs: int, outputs: int) -> torch.Tensor:
     The same numbers as `torch.nn.functional.adaptive_avg_pool1d`, but it runs on every device for every pair of sizes.
     """
     return F.adaptive_avg_pool1d(torch.eye(inputs), outputs).T.contiguous()
+
+
+@functools.lru_cache(maxsize=8)
+def _pooling_matrix_as(inputs: int, outputs: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """`pooling_matrix` where it is needed again and again, for a few sizes; of use to training as well."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        return pooling_matrix(inputs, outputs).to(device, dtype)
 
 
 def decoder_layers(unet: ModelMixin, attention: str) -> list[tuple[str, int, int]]:
@@ -273,7 +281,7 @@ class VisualSynapse(ModelMixin, ConfigMixin):
     def _project(self, projections: str, index: int, states: torch.Tensor, num_tokens: int) -> torch.Tensor:
         states = states.to(self.alphas)
         if states.shape[-2] != num_tokens:
-            states = pooling_matrix(states.shape[-2], num_tokens).to(states) @ states
+            states = _pooling_matrix_as(states.shape[-2], num_tokens, states.device, states.dtype) @ states
         if self.config.projection == "linear":
             return getattr(self, projections)[index](states)
         return F.linear(states, pooling_matrix(states.shape[-1], self.config.music_widths[index]).to(states))

@@ -625,14 +625,14 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
         if given_audio is not None:
             groups = [group for group in groups if windows.cut(anew[:, None], group).any()]
 
-        # 6. Fit the picture's keys and values to a window; look up which recorded ones each step blends
-        blenders, alphas, recorded = KVBlenders([]), latents.new_empty(0, 3), [{}] * len(timesteps)
+        # 6. Look up which of the picture's recorded keys and values each step blends; these are fitted to a window
+        blenders, alphas, steps = KVBlenders([]), latents.new_empty(0, 3), None
         if image_features is not None:
             warn_if_trained_otherwise(self.synapse, image_features)
             window = windows.cut(latents, [0])[0]
-            image_features, alphas = self.fit_image_features(image_features, window, synapse_scale, prompts)
-            blenders, alphas = KVBlenders(self.synapse.config.music_layers), branch_alphas(alphas)
-            recorded = [image_features.at_step(step) for step in image_features.nearest(timesteps).tolist()]
+            steps = image_features.nearest(timesteps).tolist()
+            fit = self._fit_when_due(image_features, window, synapse_scale, prompts)
+            blenders, alphas = KVBlenders(self.synapse.config.music_layers), branch_alphas(fit(steps[0])[1])
 
         # 7. Denoise
         predictor = NoisePredictor(
@@ -651,8 +651,9 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
                 if i == round(image_guidance_end * len(timesteps)) and self._image_guidance_scale is not None:
                     prompts = self._end_image_guidance(prompts)
                 model_input = self.scheduler.scale_model_input(latents, t)
+                recorded = {} if steps is None else fit(steps[i])[0]
                 remaining = self._until_interrupted(groups, progress_bar)
-                noise_pred = predictor.predict(model_input, t, prompts, recorded[i], self.guidance, remaining)
+                noise_pred = predictor.predict(model_input, t, prompts, recorded, self.guidance, remaining)
                 if self.interrupt:
                     break
                 latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs).prev_sample

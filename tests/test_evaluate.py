@@ -14,7 +14,7 @@ import soundfile
 import torch
 from conftest import assert_near, generator, photograph, rounding_error
 from evaluate_scores import COLUMNS, mismatched_mean
-from evaluate_systems import ImageCaptioner, digest_components, make_clip, shuffle_pictures
+from evaluate_systems import ImageCaptioner, digest_components, make_clip, picture_encoder, shuffle_pictures
 from extractor_checkpoints import save_ast, save_blip, save_clap, save_clip
 from processes import start_script
 from untrained import untrained_components
@@ -237,6 +237,19 @@ def test_imsm_takes_a_fixed_list_of_captions(complete, triplets, models, tmp_pat
     assert fixed > 1.2 * own
 
 
+def test_a_picture_is_encoded_once_for_all_systems_and_rows(checkpoint, triplets, tmp_path, monkeypatch):
+    encoded, encode = [], MelFusionPipeline._encode_images
+
+    def count(pipe, images, *arguments):
+        encoded.extend(image.tobytes() for image in images)
+        return encode(pipe, images, *arguments)
+
+    monkeypatch.setattr(MelFusionPipeline, "_encode_images", count)
+    run(triplets, tmp_path, "--checkpoint", checkpoint, *STEPS, "--systems", "melfusion", "shuffled", "text-only")
+    assert len(encoded) == len(set(encoded)) == 4
+    assert len(list(tmp_path.glob("*/*.flac"))) == 18
+
+
 def test_what_is_there_is_not_made_again_and_other_settings_are_refused(checkpoint, triplets, tmp_path):
     arguments = ("--checkpoint", checkpoint, *STEPS, "--systems", "text-only")
     first = run(triplets, tmp_path, *arguments)
@@ -319,7 +332,8 @@ def test_two_processes_give_the_same_table_as_one(checkpoint, triplets, undistur
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0], errors.read_text()
-    assert re.search(r"Making clips: 100%.* 3/3 ", errors.read_text())
+    # The four pictures of the six rows are shared out.
+    assert re.search(r"Making clips: 100%.* 2/2 ", errors.read_text())
     assert printed.read_text().count("| reference | 6 |") == 1
     assert_same_table(tmp_path, undisturbed)
 
@@ -426,7 +440,7 @@ def test_the_picture_guides_only_where_there_is_one(pipe, tmp_path):
 
     def clip(system, scale):
         options = {"seed": 0, "call": call | {"image_guidance_scale": scale}}
-        return make_clip(pipe, system, row, None, options)
+        return make_clip(pipe, system, row, None, options, picture_encoder(pipe, options))
 
     assert torch.equal(clip("text-only", 5.0), clip("text-only", None))
     assert not torch.equal(clip("melfusion", 5.0), clip("melfusion", None))

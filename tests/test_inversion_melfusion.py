@@ -275,6 +275,14 @@ def test_a_table_of_recorded_steps_gives_what_each_lookup_gives():
         features.nearest([0, 1])
     with pytest.raises(IndexError):
         features.at_step(3)
+    for step in (0, 2, -1):
+        part = features.select(step)
+        assert part.timesteps.tolist() == [features.timesteps[step]] and part.image_size == features.image_size
+        for layer, pair in features.at_step(step).items():
+            assert all(map(torch.equal, part.at_step(0)[layer], pair))
+            assert part.keys[layer].untyped_storage().data_ptr() == features.keys[layer].untyped_storage().data_ptr()
+    with pytest.raises(IndexError):
+        features.select(3)
 
 
 def test_features_are_equal_to_themselves_only():

@@ -691,6 +691,26 @@ def test_components_in_one_anothers_place_are_refused_also_without_a_picture(str
         MelFusionPipeline(**{**components, **swapped})(prompt="a piano")
 
 
+def test_each_recorded_step_that_is_read_is_fitted_once_when_it_is_due(pipe, image):
+    features = pipe.encode_image(image, num_inversion_steps=8)
+    fitted = []
+    pipe.synapse.register_forward_pre_hook(lambda _, args: fitted.append(len(next(iter(args[0].values())))))
+    for num_inference_steps in (3, 20):
+        fitted.clear()
+        run(pipe, None, PROMPTS[0], image_features=features, num_inference_steps=num_inference_steps)
+        steps = features.nearest(pipe.scheduler.timesteps)
+        assert fitted == [1] * len(steps.unique())
+
+
+def test_features_are_looked_through_once(pipe, image):
+    features = pipe.encode_image(image, num_inversion_steps=2)
+    assert vars(features)["is_finite"] and features.to(torch.float64).is_finite
+    with torch.no_grad():
+        next(iter(features.values.values())).fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="denoising"):
+        run(pipe, None, PROMPTS[0], image_features=features)
+
+
 def test_features_with_nan_and_texts_without_an_encoder_are_refused(pipe, image):
     features = pipe.encode_image(image, num_inversion_steps=2)
     broken = replace(features, values={layer: value * math.nan for layer, value in features.values.items()})
