@@ -33,7 +33,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=512)
     parser.add_argument("--audio_length_in_s", type=float, default=10.24)
     parser.add_argument("--num_inversion_steps", type=int, default=10)
-    parser.add_argument("--sizes", action="store_true", help="count the bytes of features instead, for long pieces too")
+    parser.add_argument(
+        "--sizes", action="store_true", help="count the bytes of features instead, for long pieces too"
+    )
     parser.add_argument("--way", choices=WAYS, help="measure this one in this process (used by the script itself)")
     parser.add_argument("--features", type=Path, help="file of the features (used by the script itself)")
     return parser.parse_args()

@@ -73,7 +73,7 @@ class CheckpointMixin:
 
         A call then takes the scheduler of the music model and 50 steps, a quarter of what AudioLDM's authors take by
         default. That ten steps of `DPMSolverMultistepScheduler` are enough was measured with the small checkpoint
-        only; with AudioLDM's weights it remains to be tried (`pipe.scheduler = ...from_config(pipe.scheduler.config)`).
+        only; with AudioLDM's weights it remains to be tried.
 
         Args:
             image_model: Hub id or folder of a text-to-image checkpoint with a `UNet2DConditionModel`.

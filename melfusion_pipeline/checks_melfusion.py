@@ -511,7 +511,7 @@ def check_synapse_scale(synapse: Any, synapse_scale: float | list[float]) -> Non
         ValueError: If a number is not finite, or there are more or fewer than layers.
     """
     num_layers = len(synapse.config.music_layers)
-    if isinstance(synapse_scale, (np.ndarray, torch.Tensor)):
+    if isinstance(synapse_scale, (np.ndarray, torch.Tensor)) and synapse_scale.ndim:
         synapse_scale = synapse_scale.tolist()
     if not isinstance(synapse_scale, (list, tuple)):
         return _check_real("synapse_scale", synapse_scale)

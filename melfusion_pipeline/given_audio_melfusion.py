@@ -82,7 +82,7 @@ def as_stretches(
     if mask_start_in_s is None and mask_end_in_s is None:
         return []
     starts, ends = (
-        list(bounds) if isinstance(bounds, (list, tuple, np.ndarray, torch.Tensor)) else [bounds]
+        list(bounds) if isinstance(bounds, (list, tuple)) or getattr(bounds, "ndim", 0) else [bounds]
         for bounds in (
             0.0 if mask_start_in_s is None else mask_start_in_s,
             given_length_in_s if mask_end_in_s is None else mask_end_in_s,
