@@ -104,7 +104,13 @@ def check_rows(rows: Iterable[dict], data_root: PathLike, min_duration_in_s: flo
 
 
 class ExaminedRow(NamedTuple):
-    """What was seen of a row: its number, what is wrong with it, and a digest of its contents, if they can be read."""
+    """What was seen of a row.
+
+    Args:
+        number: the row's.
+        problems: what is wrong with it, in words.
+        digest: of its contents, `None` if they cannot be read.
+    """
 
     number: int
     problems: list[str]
@@ -112,14 +118,30 @@ class ExaminedRow(NamedTuple):
 
 
 def examine_rows(rows: Iterable[dict], data_root: PathLike, min_duration_in_s: float = 1.0) -> list[ExaminedRow]:
-    """The part of `check_rows` that reads, for any share of a set; `list_problems` takes the shares together."""
+    """The part of `check_rows` that reads, for any share of a set; `list_problems` takes the shares together.
+
+    Args:
+        rows: the share; these are the arguments of `check_rows`.
+        data_root: likewise.
+        min_duration_in_s: likewise.
+
+    Returns:
+        What was seen of each row.
+    """
     return [
         examine_row(row, data_root, min_duration_in_s) for row in logging.tqdm(rows, desc="Checking", unit=" rows")
     ]
 
 
 def list_problems(examined: Iterable[ExaminedRow]) -> list[tuple[int, str]]:
-    """Returns row number and message of all problems, by row number, repeated rows among them."""
+    """Finds which rows repeat others, and lists all problems.
+
+    Args:
+        examined: of `examine_rows`, in any order.
+
+    Returns:
+        Row number and message of each problem, by row number.
+    """
     problems, first_rows = [], {}
     for row in sorted(examined, key=lambda row: row.number):
         problems += [(row.number, text) for text in row.problems]
@@ -129,7 +151,16 @@ def list_problems(examined: Iterable[ExaminedRow]) -> list[tuple[int, str]]:
 
 
 def examine_row(row: dict, data_root: PathLike, min_duration_in_s: float) -> ExaminedRow:
-    """Reads the files of one row; the arguments are those of `check_rows`."""
+    """Reads the files of one row.
+
+    Args:
+        row: of `load_rows` or `load_set`; these are the arguments of `check_rows`.
+        data_root: likewise.
+        min_duration_in_s: likewise.
+
+    Returns:
+        What was seen of it.
+    """
     if row["problem"]:
         return ExaminedRow(row["row"], [row["problem"]], None)
     digest = hashlib.sha256(row["caption"].encode())
