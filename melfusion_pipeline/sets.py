@@ -34,8 +34,8 @@ def load_set(
 ) -> Iterable[dict]:
     """Opens a set of triplets that `datasets.load_dataset` or `load_from_disk` reads.
 
-    That is Parquet with `Image` and `Audio` features, `imagefolder` and `audiofolder` with a metadata file, tar files
-    of WebDataset, JSON and CSV with paths, and what `save_to_disk` wrote.
+    That is Parquet with `Image` and `Audio` features, "imagefolder" and "audiofolder" with a metadata file, tar files
+    of WebDataset, JSON and CSV with paths, and what save_to_disk wrote.
 
     Args:
         name: the id on the Hub, or a folder.
@@ -137,7 +137,7 @@ def _with_features(
 
 
 def _open_saved(name: str, split: str, streaming: bool) -> "datasets.Dataset | datasets.IterableDataset":
-    """Opens what `save_to_disk` wrote; the arguments are those of `load_set`."""
+    """Opens what save_to_disk wrote; the arguments are those of `load_set`."""
     import datasets
 
     records = datasets.load_from_disk(name)

@@ -219,8 +219,7 @@ BAD_ARGUMENTS = {
     "synapse_scale": wrong_reals()
     | st.none()
     | st.lists(not_finite, min_size=6, max_size=6)
-    # Without a dimension a tensor is one number, as it should be.
-    | shapes.filter(bool).map(torch.zeros),
+    | shapes.map(torch.zeros),
     "negative_prompt": not_texts | texts_of_other_number,
     "num_waveforms_per_prompt": wrong_integers(1, 1000) | st.none(),
     "eta": wrong_reals(0.0, 1.0) | st.none(),
