@@ -105,7 +105,7 @@ def add_output_arguments(group) -> None:
     group.add_argument("--validation_split", help="as --train_split, or a split of --dataset_name")
     group.add_argument("--validation_steps", type=int, default=500)
     group.add_argument("--num_validation_samples", type=int, default=2, help="rows to generate music for")
-    group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, ..., all or none")
+    group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, trackio, ..., all or none")
     group.add_argument("--push_to_hub", action="store_true")
     group.add_argument("--hub_model_id", help="user/name")
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from train_arguments import parse_arguments
 from train_checkpoints import EMA, resume, save_checkpoint
 from train_data import data_root, endless_batches, load_checked_rows, make_loader
-from train_state import State, whole
+from train_state import State, describe_memory, whole
 from train_validation import validate
 
 from melfusion_pipeline import MelFusionPipeline
@@ -184,6 +184,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator) -> State | None:
     if args.use_ema:
         # Of the weights as they are now: FSDP may have sharded them.
         state.ema = EMA(state.bare_objective.trained.parameters(), args.ema_decay, use_ema_warmup=True)
+    accelerator.print(describe_memory(state))
     accelerator.register_for_checkpointing(lr_scheduler, state.position, *([state.ema] if state.ema else []))
     accelerator.init_trackers("melfusion", config={name: str(value) for name, value in vars(args).items()})
     return state

@@ -1,18 +1,22 @@
 """What `train_melfusion.py` says of its weights on the way: validation loss, alphas, and music to listen to."""
 
 import functools
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import gather_object, send_to_device
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import default_collate
 from train_data import data_root, reader
 from train_state import State, whole
 
-from melfusion_pipeline.audio import save_audio
+from melfusion_pipeline.audio import load_audio, save_audio
 from melfusion_pipeline.data import locate, open_image
 from melfusion_pipeline.plotting import plot_mel_spectrogram
 
@@ -138,6 +142,15 @@ def generate_sample(state: State, index: int, row: dict) -> None:
     figure.savefig(folder / f"{index}.png")
     save_audio(folder / f"{index}.wav", waveform, pipe.sampling_rate)
     for tracker in state.accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_audio(f"audio/{index}", waveform, step, pipe.sampling_rate)
-            tracker.writer.add_figure(f"mel/{index}", figure, step)
+        log_piece(tracker, index, folder / f"{index}.wav", folder / f"{index}.png", step)
+
+
+def log_piece(tracker: GeneralTracker, index: int, audio: Path, mel: Path, step: int) -> None:
+    """Shows a piece and its mel spectrogram, as they were written, where a tracker has a place for them."""
+    if tracker.name == "tensorboard":
+        waveform, sampling_rate = load_audio(audio)
+        tracker.writer.add_audio(f"audio/{index}", waveform[0], step, sampling_rate)
+        tracker.writer.add_image(f"mel/{index}", np.asarray(open_image(mel).convert("RGB")), step, dataformats="HWC")
+    elif tracker.name in ("wandb", "trackio"):
+        media = importlib.import_module(tracker.name)
+        tracker.log({f"audio/{index}": media.Audio(str(audio)), f"mel/{index}": media.Image(str(mel))}, step=step)

@@ -401,6 +401,7 @@ class MelFusionObjective(nn.Module):
         self.text_dropout, self.image_dropout = text_dropout, image_dropout
         self.blenders = KVBlenders(pipe.synapse.config.music_layers)
         self.prompts = PromptCache(pipe)
+        self._image_prompt: torch.Tensor | None = None
 
     @property
     def unet(self) -> nn.Module:
@@ -519,13 +520,20 @@ class MelFusionObjective(nn.Module):
         synapse = self.trained["synapse"]
         with torch.no_grad():
             latents, timesteps = self._image_latents(batch, draw)
-            prompt_embeds = self.pipe.encode_image_prompt("", len(latents))
+            prompt_embeds = self._empty_image_prompt().expand(len(latents), -1, -1)
             layers = self.pipe.synapse.config.image_layers
             recorded = record_keys_and_values(self.pipe.image_unet, latents, timesteps, prompt_embeds, layers)
         num_tokens = self.pipe.synapse.num_tokens(*music_shape[-2:], text_lengths(prompts))
         keys, values, alphas = synapse(*recorded, num_tokens, synapse_scale)
         kept = draw.keeps_image.to(alphas)
         self.blenders.read({layer: (keys[layer], values[layer]) for layer in keys}, alphas[:, None, None] * kept)
+
+    def _empty_image_prompt(self) -> torch.Tensor:
+        if self._image_prompt is None:
+            # Without autocast, as captions are.
+            with torch.autocast(self.pipe.image_unet.device.type, enabled=False):
+                self._image_prompt = self.pipe.encode_image_prompt("")
+        return self._image_prompt.to(self.pipe.image_unet.device)
 
     def _snr_weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         if self.snr_gamma is None:

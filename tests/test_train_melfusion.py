@@ -19,17 +19,20 @@ import torch
 import train_arguments
 import train_data
 import train_melfusion
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import assert_near, generator, photograph
 from diffusers.optimization import get_scheduler
 from full_disk import contents, on_a_full_disk
 from processes import start_anew
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_checkpoints import list_checkpoints, resume
 from train_state import State
-from train_validation import compare_pictures, validation_losses
+from train_validation import compare_pictures, log_piece, validation_losses
 from untrained import untrained_components
 
 from melfusion_pipeline import MelFusionPipeline
+from melfusion_pipeline.audio import save_audio
 
 ROOT = Path(__file__).parents[1]
 
@@ -395,6 +398,47 @@ def test_validation_shows_what_the_picture_does(workspace, tmp_path, capsys):
     assert list(figures) == ["validation_loss", "validation_loss/another_picture", "validation_loss/no_picture"]
     assert list(figures.values()) == pytest.approx([1.5, 2.1, 3.5])
     assert "another row's   2.10000   +0.60000 +- 0.19600" in table and "none   3.50000   +2.00000 +- 0.00000" in table
+
+
+def test_the_memory_of_weights_is_counted_before_the_first_step(workspace, tmp_path, capsys):
+    state = set_up_again(workspace, tmp_path, train="unet", use_ema=True)
+    trained, pipe = [state.pipe.synapse, state.pipe.unet], state.pipe
+    frozen = [pipe.vae, pipe.text_encoder, pipe.vocoder, pipe.image_vae, pipe.image_text_encoder, pipe.image_unet]
+    counts = [
+        sum(parameter.numel() for part in parts for parameter in part.parameters()) for parts in (trained, frozen)
+    ]
+    said = capsys.readouterr().out
+    assert f"{4 * counts[1] / 2**30:.3f} GiB of frozen weights, {4 * 5 * counts[0] / 2**30:.3f} GiB" in said
+    assert f"for {counts[0]:,} trained parameters (5 numbers each)" in said
+
+
+def test_trackers_get_the_music_the_mel_and_the_figures(tmp_path, monkeypatch):
+    """Each without an account or the net; what they were given is found in the files that they keep."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in {
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    audio, mel = tmp_path / "0.wav", tmp_path / "0.png"
+    save_audio(audio, 0.4 * np.sin(np.arange(8000) / 5), 16000)
+    photograph(0, 64, 32).save(mel)
+    reset_accelerate()
+    names = ["tensorboard", "trackio", "wandb"]
+    accelerator = Accelerator(log_with=names, project_dir=tmp_path)
+    accelerator.init_trackers("melfusion", config={"steps": "2"}, init_kwargs={"trackio": {"embed": False}})
+    assert sorted(tracker.name for tracker in accelerator.trackers) == names
+    accelerator.log({"alpha/00": 0.25}, step=1)
+    for tracker in accelerator.trackers:
+        log_piece(tracker, 0, audio, mel, 1)
+    accelerator.end_training()
+    events = EventAccumulator(str(tmp_path / "melfusion"), {"audio": 0, "images": 0}).Reload()
+    assert events.Scalars("alpha/00")[0].value == 0.25
+    assert events.Audio("audio/0")[0].sample_rate == 16000 and events.Images("mel/0")[0].width == 64
+    for folder in ("wandb", "trackio"):
+        files = {path.suffix for path in (tmp_path / folder).rglob("*.*") if "media" in path.parts}
+        assert {".wav", ".png"} <= files, (folder, files)
 
 
 def train_forever(workspace: Path, output: Path, flags: dict) -> None:

@@ -193,6 +193,16 @@ def test_timesteps_are_drawn_evenly_or_from_a_logit_normal_density(training_pipe
     assert torch.equal(high.eval().draw(indices, 0).timesteps, even.eval().draw(indices, 0).timesteps)
 
 
+def test_a_frozen_text_encoder_runs_once_for_each_text(training_pipe, batch, tmp_path):
+    runs = []
+    training_pipe.text_encoder.register_forward_pre_hook(lambda *_: runs.append("music"))
+    training_pipe.image_text_encoder.register_forward_pre_hook(lambda *_: runs.append("picture"))
+    objective = make_objective(training_pipe, text_dropout=0.0)
+    with objective.attached(), torch.no_grad():
+        losses = [objective(batch, 0) for _ in range(3)]
+    assert sorted(runs) == ["music"] * 4 + ["picture"] and len({loss.item() for loss in losses}) == 1
+
+
 def test_a_dropped_picture_is_alpha_zero_and_a_dropped_text_is_empty(training_pipe, batch):
     with torch.no_grad():
         dropped = make_objective(training_pipe, image_dropout=1.0, text_dropout=0.0)
