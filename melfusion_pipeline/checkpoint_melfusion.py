@@ -13,7 +13,14 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, ModelMixin, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiffusionPipeline,
+    ModelMixin,
+    UNet2DConditionModel,
+)
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
@@ -54,6 +61,7 @@ class CheckpointMixin:
         music_model: str | os.PathLike,
         synapse: str | os.PathLike | ModelMixin | None = None,
         *,
+        image_vae: str | os.PathLike | ModelMixin | None = None,
         variant: str | None = None,
         image_variant: str | None = None,
         music_variant: str | None = None,
@@ -81,6 +89,8 @@ class CheckpointMixin:
             synapse: Hub id or folder (of a synapse alone or of a whole pipeline), a `VisualSynapse`, or None:
                 untrained, with alpha = 0, so that the music does not follow the picture yet. A LoRA of the music UNet
                 that lies beside a synapse (pytorch_lora_weights.safetensors) is loaded with it.
+            image_vae: In place of the VAE of `image_model`: an `AutoencoderTiny`, which encodes a picture with less
+                work and not quite the same, or an `AutoencoderKL`; Hub id, folder or model.
             variant: The variant of the weights, such as "fp16"; a component that has no such files is read from its
                 plain ones.
             image_variant: The variant of `image_model`. None is `variant`.
@@ -122,6 +132,9 @@ class CheckpointMixin:
             synapse = _synapse_source(synapse, variant, revision, hub, cls.config_name)
             if LORA_WEIGHT_NAME_SAFE in synapse[0].names(synapse[1]):
                 lora = read_lora(*synapse, LORA_WEIGHT_NAME_SAFE)
+        vae_class, vae_source = AutoencoderKL, (image, "vae")
+        if image_vae is not None and not isinstance(image_vae, ModelMixin):
+            vae_class, vae_source = _image_vae_source(image_vae, variant, revision, hub)
         _check_base_models(image, music, family, synapse, synapse_class, lora)
         scheduler_config = DDIMScheduler.load_config(music.fetch("scheduler"))
         components = {
@@ -130,7 +143,7 @@ class CheckpointMixin:
             "unet": load(family.unet_class, music, "unet"),
             "scheduler": load(getattr(diffusers, scheduler_config["_class_name"]), music, "scheduler"),
             "vocoder": load(SpeechT5HifiGan, music, "vocoder"),
-            "image_vae": load(AutoencoderKL, image, "vae"),
+            "image_vae": image_vae if isinstance(image_vae, ModelMixin) else load(vae_class, *vae_source),
             "image_text_encoder": load(CLIPTextModel, image, "text_encoder"),
             "image_tokenizer": load(CLIPTokenizer, image, "tokenizer"),
             "image_unet": load(UNet2DConditionModel, image, "unet"),
@@ -433,6 +446,19 @@ def _synapse_source(
     folder = follow_index(source, index_name)
     whole = f"{folder}/synapse"
     return source, whole if source.names(whole) else folder
+
+
+def _image_vae_source(
+    image_vae: str | os.PathLike, variant: str | None, revision: str | None, hub: dict[str, Any]
+) -> tuple[type, tuple[Source, str]]:
+    """The class of a VAE that lies alone or as a part of a pipeline, and where."""
+    source = Source("image_vae", image_vae, variant, revision, **hub)
+    folder = "vae" if source.names("vae") else "."
+    name = _read_config(source, folder).get("_class_name")
+    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    if name not in classes:
+        raise ValueError(f"`image_vae` must be one of {list(classes)}, but {source.name} holds a {name}.")
+    return classes[name], (source, folder)
 
 
 def _read_config(source: Source, subfolder: str) -> dict[str, Any]:

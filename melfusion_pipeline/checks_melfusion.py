@@ -423,6 +423,13 @@ def check_components(pipe: Any) -> None:
             raise ValueError(
                 f"`{name}` must decode to {channels} channels, but has {vae.config.out_channels}.{stereo}"
             )
+    if None not in (pipe.image_vae, pipe.image_unet):
+        found, expected = pipe.image_vae.config.latent_channels, pipe.image_unet.config.in_channels
+        if found != expected:
+            raise ValueError(
+                f"`image_vae` has latents of {found} channels, but `image_unet` takes {expected}: they do not belong"
+                " together."
+            )
     for tokenizer_name in ("tokenizer", "tokenizer_2", "image_tokenizer"):
         encoder_name = tokenizer_name.replace("tokenizer", "text_encoder")
         tokenizer, encoder = getattr(pipe, tokenizer_name), getattr(pipe, encoder_name)

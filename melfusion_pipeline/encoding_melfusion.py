@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import PIL.Image
 import torch
+from diffusers import AutoencoderTiny, ModelMixin
 from diffusers.utils import logging
 
 from .checks_melfusion import check_finite, check_image_inputs
@@ -21,6 +22,21 @@ logger = logging.get_logger(__name__)
 
 # Pictures that go through the image UNet in one batch.
 IMAGES_AT_ONCE = 8
+
+
+def encode_pixels(image_vae: ModelMixin, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Encodes prepared pictures: the mode of the VAE's posterior, or what a VAE without one gives.
+
+    Args:
+        image_vae: An `AutoencoderKL` or `AutoencoderTiny`.
+        pixel_values: `[pictures, 3, height, width]` in [-1, 1], in the dtype of the VAE.
+
+    Returns:
+        `z_0^I`, `[pictures, channels, height / 8, width / 8]` for Stable Diffusion, float32.
+    """
+    encoded = image_vae.encode(pixel_values)
+    latents = encoded.latents if isinstance(image_vae, AutoencoderTiny) else encoded.latent_dist.mode()
+    return latents.float() * image_vae.config.scaling_factor
 
 
 class EncodingMixin:
@@ -121,8 +137,7 @@ class EncodingMixin:
         image_size = image_size or self.default_image_size
         pixel_values = torch.stack([prepare_image(image, image_size) for image in images])
         pixel_values = pixel_values.to(device=self._execution_device, dtype=self.image_vae.dtype)
-        latents = self.image_vae.encode(pixel_values).latent_dist.mode()
-        return latents.float() * self.image_vae.config.scaling_factor
+        return encode_pixels(self.image_vae, pixel_values)
 
     @torch.no_grad()
     @one_at_a_time

@@ -11,6 +11,7 @@ from diffusers import (
     AudioLDM2UNet2DConditionModel,
     AudioPipelineOutput,
     AutoencoderKL,
+    AutoencoderTiny,
     DiffusionPipeline,
     ModelMixin,
     SchedulerMixin,
@@ -83,8 +84,9 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             training, such as DDIM, Euler, Heun, PNDM, DPM-Solver++ or UniPC. Those that count time in another way
             (flow matching, EDM, IPNDM) are refused.
         vocoder: Log-mel spectrogram to waveform.
-        image_vae: The autoencoder of pictures, as in Stable Diffusion. This component and those that follow may be
-            None: text-to-music needs none of them, and for `image_features` the synapse is enough.
+        image_vae: The autoencoder of pictures, as in Stable Diffusion, or a lightweight one (`AutoencoderTiny`). This
+            component and those that follow may be None: text-to-music needs none of them, and for `image_features` the
+            synapse is enough.
         image_text_encoder: Encodes the picture's prompt. If None, the picture's UNet is conditioned on zeros.
         image_tokenizer: The tokenizer of `image_text_encoder`.
         image_unet: The text-to-image UNet, `epsilon` or `v_prediction`.
@@ -139,7 +141,7 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
         unet: UNet2DConditionModel | AudioLDM2UNet2DConditionModel,
         scheduler: SchedulerMixin,
         vocoder: SpeechT5HifiGan | ModelMixin,
-        image_vae: AutoencoderKL | None,
+        image_vae: AutoencoderKL | AutoencoderTiny | None,
         image_text_encoder: CLIPTextModel | None,
         image_tokenizer: CLIPTokenizer | None,
         image_unet: UNet2DConditionModel | None,

@@ -24,6 +24,7 @@ from torch import nn
 from .adapters_melfusion import lora_layers
 from .attention_melfusion import KVBlenders, use_attn_processors
 from .audio import waveform_to_latents, waveform_to_mel
+from .encoding_melfusion import encode_pixels
 from .families_melfusion import pad_texts, text_lengths
 from .files_melfusion import atomic_write
 from .inversion_melfusion import ddim_walk, inversion_grid, record_keys_and_values
@@ -502,8 +503,7 @@ class MelFusionObjective(nn.Module):
             latents, timesteps = self.trajectories.read(batch["image_files"], draw.timesteps)
             return latents.to(device), timesteps.to(device)
         pixel_values = batch["pixel_values"].to(device, self.pipe.image_vae.dtype)
-        latents = self.pipe.image_vae.encode(pixel_values).latent_dist.mode().float()
-        latents = latents * self.pipe.image_vae.config.scaling_factor
+        latents = encode_pixels(self.pipe.image_vae, pixel_values)
         noise = randn_tensor(latents.shape, draw.generators, device)
         scheduler = DDIMScheduler.from_config(self.pipe.image_scheduler.config)
         timesteps = draw.timesteps.to(device)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from bad_inputs import Trap
 from conftest import assert_near, generator, photograph
-from diffusers import DiffusionPipeline, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import AutoencoderTiny, DiffusionPipeline, EulerDiscreteScheduler, PNDMScheduler
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from peft import LoraConfig
 from processes import forget_the_package, start
@@ -26,6 +26,7 @@ from transformers import ClapConfig, ClapModel
 from untrained import picture_unet, untrained_components
 
 from melfusion_pipeline import MelFusionPipeline, VisualSynapse
+from melfusion_pipeline.pictures_melfusion import prepare_image
 
 ROOT = Path(__file__).parents[1]
 ROOMS = "attention checkpoint checks families features files inversion pictures pipeline prompts".split()
@@ -551,6 +552,34 @@ def test_base_models_compose_from_folders_and_from_the_hub(components, base_mode
         assert pipe.scheduler.config.beta_end == 0.0195 and pipe.image_scheduler.config.beta_end == 0.012
     half = MelFusionPipeline.from_base_models(image_model, music_model, torch_dtype=torch.bfloat16)
     assert {half.unet.dtype, half.text_encoder.dtype, half.vocoder.dtype, half.synapse.dtype} == {torch.bfloat16}
+
+
+def test_a_lightweight_vae_encodes_the_picture_wherever_it_comes_from(components, base_models, hub, tmp_path):
+    torch.manual_seed(0)
+    size = {"encoder_block_out_channels": (8,) * 3, "num_encoder_blocks": (1,) * 3}
+    size |= {"decoder_block_out_channels": (8,) * 3, "num_decoder_blocks": (1,) * 3}
+    vae = AutoencoderTiny(**size, scaling_factor=0.5).eval()
+    vae.save_pretrained(tmp_path / "tiny")
+    hub.add_repo("tester/tiny", tmp_path / "tiny")
+    pixels = torch.stack([prepare_image(photograph(), 32)])
+    with torch.no_grad():
+        expected = vae.encoder(pixels) * 0.5
+    call = {"synapse": components["synapse"]}
+    for source in (vae, tmp_path / "tiny", "tester/tiny"):
+        pipe = MelFusionPipeline.from_base_models(*base_models, image_vae=source, **call)
+        assert type(pipe.image_vae) is AutoencoderTiny and pipe.image_vae_scale_factor == 4
+        assert_near(pipe.prepare_image_latents(photograph(), 32).detach(), expected)
+    kl = MelFusionPipeline.from_base_models(*base_models, image_vae=base_models[0], **call).image_vae
+    assert_equal_weights(components["image_vae"], kl)
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = MelFusionPipeline.from_pretrained(tmp_path / "saved")
+    assert_near(play(loaded), play(pipe))
+
+    AutoencoderTiny(**size, latent_channels=16).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="`image_vae` has latents of 16 channels, but `image_unet` takes 4"):
+        play(MelFusionPipeline.from_base_models(*base_models, image_vae=tmp_path / "other", **call))
+    with pytest.raises(ValueError, match=r"`image_vae` must be one of .* holds a UNet2DConditionModel"):
+        MelFusionPipeline.from_base_models(*base_models, image_vae=base_models[1] / "unet")
 
 
 def test_a_piece_of_base_models_is_one_pass_up_to_the_length_they_were_trained_on(pipe, base_models, tmp_path):

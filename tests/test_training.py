@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed
 from conftest import assert_near, photograph
+from diffusers import AutoencoderTiny
 from processes import start_anew
 from torch.nn.parallel import DistributedDataParallel
 from untrained import untrained_components
@@ -168,6 +169,14 @@ def test_a_rows_loss_depends_on_seed_step_and_row_alone(training_pipe, batch, tm
         assert not torch.allclose(objective.per_sample_loss(batch, 8), together)
     again = objective.draw(batch["indices"], 7)
     assert torch.equal(again.timesteps, objective.draw(batch["indices"], 7).timesteps)
+
+
+def test_a_lightweight_vae_serves_training_too(training_pipe, batch):
+    size = {"encoder_block_out_channels": (8,) * 3, "num_encoder_blocks": (1,) * 3}
+    training_pipe.image_vae = AutoencoderTiny(**size, decoder_block_out_channels=(8,) * 3, num_decoder_blocks=(1,) * 3)
+    objective = make_objective(training_pipe)
+    latents, _ = objective._image_latents(batch, objective.draw(batch["indices"], 0))
+    assert latents.shape == (4, 4, 8, 8) and latents.isfinite().all()
 
 
 def test_dropping_has_its_probability_and_is_independent(training_pipe):
