@@ -88,7 +88,8 @@ def read_remote(path: str, root: str) -> bytes:
         ValueError: if it lies elsewhere or cannot be read.
     """
     path = path if "://" in path else f"{root}/{path}"
-    if not path.startswith((f"{root}/", f"{root}@")) or ".." in path.split("/"):
+    segments = path.partition("://")[2].split("/")
+    if not path.startswith((f"{root}/", f"{root}@")) or {"", ".."} & set(segments):
         raise ValueError(f"{path!r} lies outside of {root!r}")
     try:
         with fsspec.open(path, "rb") as file:
@@ -108,7 +109,7 @@ def open_set(
     try:
         if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
             return _open_saved(name, split, streaming)
-        builder = datasets.load_dataset_builder(name, config_name)
+        builder = _open_builder(name, config_name)
         if streaming:
             records = builder.as_streaming_dataset(split=split)
             # Parquet then has a shard a row group: a stream goes on by reading one row group again.
@@ -149,6 +150,17 @@ def _open_saved(name: str, split: str, streaming: bool) -> "datasets.Dataset | d
     return records.to_iterable_dataset(num_shards) if streaming else records
 
 
+def _open_builder(name: str, config_name: str | None) -> "datasets.DatasetBuilder":
+    """Finds out what kind of set `name` is; the arguments are those of `load_set`."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(name, config_name)
+    if hasattr(builder.config, "decode_num_threads"):
+        # Streamed from the Hub, a folder's pictures would be decoded ahead by threads, and its sounds as pictures.
+        builder.config.decode_num_threads = 0
+    return builder
+
+
 def _copy_set(
     name: str, config_name: str | None, split: str, builder: "datasets.DatasetBuilder"
 ) -> "datasets.Dataset":
@@ -171,9 +183,7 @@ def _copy_set(
 
 def _copied_records(name: str, config_name: str | None, split: str, version: str) -> Iterator[dict]:
     """Yields the records for `copy_set`; files on the Hub become their content, `version` only names the copy."""
-    import datasets
-
-    for record in media_as_files(datasets.load_dataset(name, config_name, split=split, streaming=True)):
+    for record in media_as_files(_open_builder(name, config_name).as_streaming_dataset(split=split)):
         for value in record.values():
             if isinstance(value, dict) and "://" in (value.get("path") or "") and value.get("bytes") is None:
                 value["bytes"] = read_remote(value["path"], set_root(name))

@@ -14,6 +14,7 @@ import soundfile
 from conftest import photograph, wait_for
 from extractor_checkpoints import save_clap, save_clip
 from pair_sources import Item, cut_track, find_items
+from test_train_processes import on_two_processes
 from triplet_forms import as_bytes
 
 from melfusion_pipeline.data import check_rows, load_rows, load_set
@@ -286,3 +287,19 @@ def test_pairs_are_struck_in_a_browser(paired, tmp_path, browser):
     # The worst pairs come first on the sheet and last in the file.
     assert kept == [pairs[0], pairs[1], pairs[3]]
     assert PIL.Image.open(tmp_path / "sheet.png").width >= 1000
+
+
+def test_two_processes_make_the_same_pairs(paired, sources, models, tmp_path):
+    """Each looks at half of the pictures and listens to half of the clips."""
+    output = tmp_path / "two"
+    given = ["--pictures", str(sources / "pictures"), "--music", str(sources / "music"), "--output", str(output)]
+    given += ["--audio_length_in_s", "2", *models]
+    results = on_two_processes(tmp_path, lambda rank: pair_triplets.main(given))
+    assert [status for status, _ in results] == [0, 0], results
+    pairs = [json.loads(line) for line in (output / "pairs.jsonl").read_text().splitlines()]
+    for one, other in zip(pairs, paired[1], strict=True):
+        assert one.pop("score") == pytest.approx(other["score"], rel=1e-6)
+        assert one == {name: value for name, value in other.items() if name != "score"}
+    assert {path.name for path in (output / "embeddings").iterdir()} == {
+        path.name for path in (paired[0] / "embeddings").iterdir()
+    }

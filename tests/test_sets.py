@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, default_collate
@@ -17,6 +18,7 @@ from melfusion_pipeline.data import (
     export_triplets,
     load_rows,
     load_set,
+    locate,
     push_triplets,
     read_triplet,
     select_good_rows,
@@ -253,3 +255,37 @@ def test_captions_may_be_lists_and_numbers_come_from_their_columns(forms, tmp_pa
         (row,) = load_set(str(tmp_path), columns=columns, streaming=streaming)
         assert row["caption"] == "slow, piano" and (row["start"], row["duration"]) == (0.25, 1.0)
         assert row["problem"] is None and reader(set_root(str(tmp_path)))({"row": 0} | row)["captions"]
+
+
+def test_a_folder_on_the_hub_is_copied_or_streamed_from_there(forms, hub):
+    """Its pictures and clips are files of the repository, and no other repository's files are read."""
+    hub.add_repo("datasets/tester/folder", forms["imagefolder"]["name"])
+    expected = in_order(open_form(forms["jsonl"]), reader(root_of(forms["jsonl"])), 7, 4)
+    read = reader(set_root("tester/folder"))
+    streamed = load_set("tester/folder", streaming=True)
+    assert_equal_batches(list(islice(TripletStream(streamed, read, 4, seed=7), 2)), expected[:2])
+    assert_equal_batches(in_order(load_set("tester/folder"), read, 7, 4), expected)
+    root = set_root("tester/folder")
+    for path in ("hf://datasets/tester/other/0.png", "../other/0.png", "/etc/passwd", "file:///etc/passwd"):
+        with pytest.raises(ValueError, match="lies outside of|cannot be read"):
+            locate({"bytes": None, "path": path}, root)
+
+
+def test_a_sound_inside_of_a_set_may_need_pyav_and_have_no_name(tmp_path, forms):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "tone.m4a"), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        wave = (0.3 * np.sin(np.arange(32000) * 0.1)).astype(np.float32)
+        frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    content = (tmp_path / "tone.m4a").read_bytes()
+    picture = Path(forms["imagefolder"]["name"], "0.png").read_bytes()
+    row = {"image": {"bytes": picture, "path": None}, "audio": {"bytes": content, "path": None}, "caption": "tone"}
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "set" / "train.parquet")
+    (tmp_path / "set.jsonl").write_text(json.dumps({"image": "0.png", "audio": "tone.m4a", "caption": "tone"}))
+    (tmp_path / "0.png").write_bytes(picture)
+    found = reader(set_root(str(tmp_path / "set")))(load_set(str(tmp_path / "set"))[0])
+    expected = reader(str(tmp_path))(load_rows(tmp_path / "set.jsonl")[0])
+    assert torch.equal(found["waveforms"], expected["waveforms"]) and found["waveforms"].abs().max() == 0.5
