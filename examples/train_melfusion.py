@@ -95,6 +95,11 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         raise ValueError(
             "DeepSpeed would override accumulation and clipping: use examples/accelerate/fsdp.json instead."
         )
+    if accelerator.distributed_type is DistributedType.FSDP and args.train != "unet":
+        raise ValueError(
+            f"FSDP shards the music UNet, but --train {args.train} trains little of it: launch without FSDP, so that"
+            " each process keeps a copy, or give --train unet."
+        )
     if accelerator.mixed_precision not in DTYPES:
         raise ValueError(f"Mixed precision must be one of {list(DTYPES)}, got {accelerator.mixed_precision!r}.")
     if accelerator.mixed_precision == "bf16":

@@ -16,6 +16,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import assert_near
 from processes import start, start_anew
+from safetensors.torch import load_file
 from test_train_melfusion import arguments, losses, train, workspace  # noqa: F401 - a fixture
 
 from melfusion_pipeline import MelFusionPipeline
@@ -149,3 +150,23 @@ def test_fsdp2_trains_as_one_process(workspace, tmp_path):  # noqa: F811
     assert (trained_weights(output) - trained_weights(tmp_path / "one")).abs().max() < 1e-5
     one, two = (soundfile.read(folder / "validation/step-6/0.wav")[0] for folder in (tmp_path / "one", output))
     assert np.abs(one).max() > 0 and np.abs(one - two).max() < 1e-3
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_lora_as_one_and_do_not_shard_it(workspace, tmp_path):  # noqa: F811
+    flags = {"train": "lora", "rank": 2, "use_ema": True}
+    whole = train(workspace, tmp_path / "one", train_batch_size=4, **flags)
+
+    def run(rank: int) -> None:
+        train_melfusion.main(arguments(workspace, tmp_path / "two", train_batch_size=2, **flags))
+
+    results = on_two_processes(tmp_path, run)
+    assert [status for status, _ in results] == [0, 0], results[0][1][-3000:]
+    assert_near(losses(tmp_path / "two"), whole, steps=100)
+    assert (trained_weights(tmp_path / "two") - trained_weights(tmp_path / "one")).abs().max() < 1e-5
+    file = Path("synapse", "pytorch_lora_weights.safetensors")
+    one, two = (load_file(tmp_path / name / file) for name in ("one", "two"))
+    for name, rows in one.items():
+        torch.testing.assert_close(two[name], rows, rtol=0, atol=1e-5)
+    for status, output in on_two_processes(tmp_path, run, **environment_of("fsdp.json", "--mixed_precision", "no")):
+        assert status == 1 and "FSDP shards the music UNet, but --train lora trains little of it" in output
