@@ -263,9 +263,11 @@ def _check_strength(pipe: Any, strength: float | None, num_inference_steps: int)
         return
     _check_real("strength", strength, 0.0, 1.0)
     if int(num_inference_steps * strength) < 1:
+        # Rounded up: of 0.333333 three steps leave none.
+        least = math.ceil(1e4 / num_inference_steps) / 1e4
         raise ValueError(
             f"`strength` is {strength}, of which `num_inference_steps` = {num_inference_steps} leaves no step: pass"
-            f" {1 / num_inference_steps:g} or more, or more steps."
+            f" {least:g} or more, or more steps."
         )
     if strength < 1.0 and isinstance(pipe.scheduler, PNDMScheduler) and not pipe.scheduler.config.skip_prk_steps:
         raise ValueError(

@@ -82,10 +82,13 @@ def as_stretches(
     if mask_start_in_s is None and mask_end_in_s is None:
         return []
     starts, ends = (
-        list(bounds) if isinstance(bounds, (list, tuple)) or getattr(bounds, "ndim", 0) else [bounds]
+        list(bounds) if isinstance(bounds, (list, tuple)) else [bounds]
         for bounds in (
-            0.0 if mask_start_in_s is None else mask_start_in_s,
-            given_length_in_s if mask_end_in_s is None else mask_end_in_s,
+            bounds.tolist() if isinstance(bounds, (np.ndarray, torch.Tensor)) else bounds
+            for bounds in (
+                0.0 if mask_start_in_s is None else mask_start_in_s,
+                given_length_in_s if mask_end_in_s is None else mask_end_in_s,
+            )
         )
     )
     if len(starts) != len(ends):
@@ -171,16 +174,19 @@ class GivenAudio:
         """
         given = self.waveforms.repeat_interleave(len(made) // len(self.waveforms), dim=0)
         offset = given.mean(dim=-1, keepdim=True)
-        made = made * ((given - offset).abs().amax(dim=-1, keepdim=True) / PEAK) + offset
+        scale = (given - offset).abs().amax(dim=-1, keepdim=True) / PEAK
         if not self.stretches:
-            return made
+            return made * scale + offset
+        # Levels are compared where the music has AudioLDM's: what counts as silent does not depend on its own.
+        normalized = (given - offset) / scale
         num_beyond = self.num_samples - given.shape[-1]
         mirrored = min(num_beyond, round(FADE_IN_S * self.sampling_rate), given.shape[-1] - 1)
         joined = F.pad(F.pad(given, (0, mirrored), mode="reflect"), (0, num_beyond - mirrored))
         for index, (first, last) in enumerate(self.stretches):
             angle = self._fade(first, last) * (math.pi / 2)
-            new = made[:, first:last] * self._gain(given, made, index)
-            joined[:, first:last] = joined[:, first:last] * angle.cos() + new * angle.sin()
+            old = joined[:, first:last] - offset
+            new = made[:, first:last] * self._gain(normalized, made, index) * scale
+            joined[:, first:last] = old * angle.cos() + new * angle.sin() + offset
         return joined
 
     def _fade(self, first: int, last: int) -> torch.Tensor:

@@ -91,12 +91,16 @@ def check_waveform(waveform: np.ndarray | torch.Tensor, name: str = "waveform") 
     """
     if not isinstance(waveform, np.ndarray | torch.Tensor):
         raise TypeError(f"`{name}` must be a numpy array or a torch tensor, but is a {type(waveform).__name__}.")
+    if isinstance(waveform, np.ndarray) and waveform.dtype.kind == "f":
+        # Torch takes no steps backwards, no foreign byte order, no long doubles, and of what is read-only a warning.
+        waveform = waveform.astype(np.float32 if waveform.itemsize < 8 else np.float64, order="C", copy=True)
     waveform = torch.as_tensor(waveform)
     if not waveform.is_floating_point():
         raise TypeError(f"`{name}` must be floating-point, but is {waveform.dtype}: scale it to [-1, 1].")
     if waveform.ndim == 0 or waveform.numel() == 0:
         raise ValueError(f"`{name}` must hold samples, but its shape is {list(waveform.shape)}.")
-    if not waveform.isfinite().all():
+    # As float32: what is larger than that can hold becomes infinite on the way to the VAE.
+    if not waveform.float().isfinite().all():
         raise ValueError(f"`{name}` holds NaN or infinite samples: repair or drop the clip.")
     return waveform if waveform.dtype == torch.float64 else waveform.float()
 

@@ -2,8 +2,11 @@
 
 import math
 import re
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from bad_inputs import strict_pipeline
@@ -25,6 +28,7 @@ from untrained import untrained_components
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import waveform_to_latents
+from melfusion_pipeline.checks_melfusion import _check_strength
 from melfusion_pipeline.given_audio_melfusion import GivenAudio, as_stretches, timesteps_from
 from melfusion_pipeline.waveforms_melfusion import Spectrogram, normalize_waveform
 
@@ -293,6 +297,41 @@ def test_very_short_stretches_and_those_at_the_ends():
         assert joined.isfinite().all() and not torch.equal(joined[:, first:last], given[:, first:last])
 
 
+def test_how_loud_the_given_music_is_changes_nothing_but_that():
+    """Also far below what is silent at AudioLDM's level, and on top of a constant."""
+    given, made = noise_like_music(0), 0.2 * noise_like_music(1)
+    expected = GivenAudio(given, RATE, RATE, ((4000, 12000),)).join(made)
+    for scale in (1e-5, 3e4):
+        joined = GivenAudio(given * scale, RATE, RATE, ((4000, 12000),)).join(made)
+        assert_near(joined / scale, expected)
+    joined = GivenAudio(given + 2, RATE, RATE, ((4000, 12000),)).join(made)
+    torch.testing.assert_close(joined - 2, expected, rtol=0, atol=1e-5)
+
+
+def test_stretches_may_be_arrays_and_arrays_may_lie_in_memory_as_they_like(pipe):
+    stretches = {"mask_start_in_s": [0.2, 0.8], "mask_end_in_s": [0.4, 1.0]}
+    expected = run(pipe, prompt="a", **stretches)
+    arrays = {name: kind(bounds) for (name, bounds), kind in zip(stretches.items(), (np.array, torch.tensor))}
+    assert_near(run(pipe, prompt="a", **arrays), expected)
+    for same in (
+        GIVEN.flip(0).numpy()[::-1],
+        GIVEN.numpy().astype(">f4"),
+        np.frombuffer(GIVEN.numpy().tobytes(), np.float32),
+        GIVEN.numpy().astype(np.longdouble),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(run(pipe, prompt="a", audio=same, **stretches), expected)
+
+
+def test_the_strength_that_is_named_as_the_least_leaves_a_step():
+    for steps in (*range(1, 200), 1000):
+        with pytest.raises(ValueError, match="leaves no step: pass") as refused:
+            _check_strength(None, 0.0, steps)
+        least = float(re.search(r"pass ([\d.e-]+) or more", str(refused.value))[1])
+        assert len(timesteps_from(SimpleNamespace(timesteps=torch.arange(steps), order=1), steps, least)) >= 1
+
+
 # ----------------------------------------------------------------------------------------------------- what is refused
 
 TWO = torch.stack([GIVEN, GIVEN])[:, None]
@@ -302,6 +341,7 @@ REFUSED = {
     "NaN": ({"audio": torch.full((RATE,), math.nan)}, "`audio` holds NaN or infinite samples"),
     "one sample": ({"audio": GIVEN[:1]}, "`audio` must last 0.08 to 3600 s, got 6.25e-05 s: 1 samples at 16000 Hz"),
     "nothing": ({"audio": GIVEN[:0]}, "`audio` must hold samples"),
+    "too large for float32": ({"audio": GIVEN.double() * 1e300}, "`audio` holds NaN or infinite samples"),
     "integers": ({"audio": GIVEN.short()}, "`audio` must be floating-point"),
     "more than an hour": (
         {"audio": torch.ones(3601), "audio_sampling_rate": 1},
