@@ -84,7 +84,7 @@ def as_stretches(
     starts, ends = (
         list(bounds) if isinstance(bounds, (list, tuple)) else [bounds]
         for bounds in (
-            bounds.tolist() if isinstance(bounds, (np.ndarray, torch.Tensor)) else bounds
+            bounds.tolist() if isinstance(bounds, (np.ndarray, torch.Tensor)) and bounds.ndim else bounds
             for bounds in (
                 0.0 if mask_start_in_s is None else mask_start_in_s,
                 given_length_in_s if mask_end_in_s is None else mask_end_in_s,
