@@ -110,7 +110,7 @@ def resume(state: State) -> None:
     if earlier and not args.streaming:
         keep_place(state, earlier)
     accelerator.print(f"Resumed at step {state.position.step}.")
-    for name in changed.keys() - UNTOLD:
+    for name in sorted(changed.keys() - UNTOLD):
         accelerator.print(f"--{name} is {changed[name]} from here on, no longer {earlier[name]}.")
     if state.position.step >= args.max_train_steps:
         accelerator.print(f"Nothing is left to train: --max_train_steps is {args.max_train_steps}.")

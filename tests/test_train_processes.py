@@ -25,7 +25,7 @@ from melfusion_pipeline.data import check_rows, format_problems, load_rows
 CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate"
 
 
-def on_two_processes(folder: Path, train, seconds: float = 240, **environment: str) -> list[tuple[int, str]]:
+def on_two_processes(folder: Path, train, seconds: float = 1200, **environment: str) -> list[tuple[int, str]]:
     """Calls `train(rank)` in two copies of this process that find each other, and gives exit status and output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
