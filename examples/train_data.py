@@ -77,11 +77,11 @@ def load_checked_rows(
     """Opens a set; the processes read every row once and leave out what they found wrong."""
     columns = {column: getattr(args, f"{column}_column") for column in COLUMNS}
     if path == args.dataset_name:
-        # A set to validate on is small and read again and again.
-        streaming = args.streaming and split is None
+        # A set to validate on is small and read again and again; a check reads all of it.
+        streaming = args.streaming and split is None and not args.check_data
         with accelerator.main_process_first():
             rows = load_set(path, args.dataset_config_name, split or args.dataset_split, columns, streaming)
-        if streaming and not args.check_data:
+        if streaming:
             # To check it all would be to download it twice: what is wrong is found when it is met.
             return rows
         split = None

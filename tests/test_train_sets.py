@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 import train_melfusion
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import assert_near
 from test_train_melfusion import arguments, losses, train
 from test_train_processes import on_two_processes
@@ -105,13 +106,27 @@ def test_a_damaged_row_of_a_stream_ends_training_by_its_number_and_leaves_the_ch
     assert len(train(workspace, tmp_path / "skipping", **flags, skip_bad_rows=True)) == STEPS
 
 
-def train_on_two_processes(workspace: Path, output: Path, **flags) -> list[float]:
-    given = arguments(workspace, output, train_batch_size=2, **flags)
+def texts_of(workspace: Path, output: Path, **flags) -> list[str]:
+    """The command's arguments; a flag that is "" is left out."""
+    given = arguments(workspace, output, **flags)
     while "" in given:
         del given[given.index("") - 1 : given.index("") + 1]
+    return given
+
+
+def train_on_two_processes(workspace: Path, output: Path, **flags) -> list[float]:
+    given = texts_of(workspace, output, train_batch_size=2, **flags)
     results = on_two_processes(workspace, lambda rank: train_melfusion.main(given))
     assert [status for status, _ in results] == [0, 0], results
     return losses(output)
+
+
+def test_a_set_is_checked_as_files_are(workspace, forms, tmp_path, capsys):
+    for streaming in ({}, {"streaming": True}):
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        train_melfusion.main(texts_of(workspace, tmp_path, **flags_of(forms["parquet"], check_data=True, **streaming)))
+        assert "parquet: no problems" in capsys.readouterr().out
 
 
 @pytest.mark.slow
