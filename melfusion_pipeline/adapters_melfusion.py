@@ -18,6 +18,7 @@ from diffusers.utils import (
     set_adapter_layers,
     set_weights_and_activate_adapters,
 )
+from diffusers.utils.torch_utils import is_compiled_module
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -66,9 +67,12 @@ class AdapterMixin(LoraBaseMixin):
             ImportError: If PEFT is not installed.
             OSError: If there is no such file, or it is damaged.
             TypeError: If there are other arguments.
-            ValueError: If it is no LoRA of this music UNet, the name is taken, or an adapter is fused.
+            ValueError: If it is no LoRA of this music UNet, the name is taken, an adapter is fused, or the UNet is a
+                compiled one.
         """
         self._refuse_while_fused("load_lora_weights")
+        if is_compiled_module(self.unet):
+            raise ValueError("`load_lora_weights` must come before `torch.compile`, or use `pipe.unet.compile()`.")
         if isinstance(pretrained_model_name_or_path_or_dict, dict):
             state_dict, settings = pretrained_model_name_or_path_or_dict, {}
         else:
@@ -316,7 +320,9 @@ def install_lora(
     unet._hf_peft_config_loaded = True
     try:
         peft.inject_adapter_in_model(peft.LoraConfig(**config), unet, adapter_name)
-        peft.set_peft_model_state_dict(unet, tensors, adapter_name)
+        foreign = peft.set_peft_model_state_dict(unet, tensors, adapter_name).unexpected_keys
+        if foreign:
+            raise ValueError(f"the music UNet has no place for {foreign[0]}")
     except Exception as error:
         remove_lora(unet, [adapter_name])
         raise ValueError(f"The adapter cannot be installed: {error}") from error

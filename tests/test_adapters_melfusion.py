@@ -239,6 +239,7 @@ def test_what_is_no_adapter_of_this_unet_is_refused_and_leaves_it_as_it_was(lora
         ({name: rows for name, rows in tensors.items() if name != half}, "is not complete"),
         ({**tensors, first: torch.zeros(2, 999)}, r"is \[2, 999\], the weight of"),
         ({**tensors, half: torch.zeros(len(tensors[half]), 7)}, "cannot be installed"),
+        ({**tensors, first.replace("lora_A", "lora_C"): torch.zeros(2, 2)}, "cannot be installed: .* no place for"),
     ):
         pipe = make_pipe()
         with pytest.raises(ValueError, match=message):
@@ -300,6 +301,10 @@ def test_wrong_names_and_orders_are_refused(lora):
         pipe.set_adapters("first", [1.0, 2.0])
     with pytest.raises(ValueError, match="`components` must be"):
         pipe.fuse_lora(components=["text_encoder"])
+    pipe.unet = torch.compile(pipe.unet)
+    with pytest.raises(ValueError, match="`load_lora_weights` must come before `torch.compile`"):
+        pipe.load_lora_weights(lora)
+    pipe.unet = pipe.unet._orig_mod
     pipe.fuse_lora()
     for refused in (
         lambda: pipe.load_lora_weights(lora),
