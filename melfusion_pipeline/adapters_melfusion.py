@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from itertools import count
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +75,11 @@ class AdapterMixin(LoraBaseMixin):
         self._refuse_while_fused("load_lora_weights")
         if is_compiled_module(self.unet):
             raise ValueError("`load_lora_weights` must come before `torch.compile`, or use `pipe.unet.compile()`.")
+        if unknown := kwargs.keys() - set(HUB_ARGUMENTS):
+            raise TypeError(f"`load_lora_weights` takes no {', '.join(sorted(unknown))}.")
         if isinstance(pretrained_model_name_or_path_or_dict, dict):
             state_dict, settings = pretrained_model_name_or_path_or_dict, {}
         else:
-            unknown = kwargs.keys() - set(HUB_ARGUMENTS)
-            if unknown:
-                raise TypeError(f"`load_lora_weights` takes no {', '.join(sorted(unknown))}.")
             source, weight_name = _locate(pretrained_model_name_or_path_or_dict, weight_name, kwargs)
             state_dict, settings = read_lora(source, subfolder, weight_name)
         used = getattr(self.unet, "peft_config", {})
@@ -118,8 +119,8 @@ class AdapterMixin(LoraBaseMixin):
 
         Raises:
             OSError: If the file cannot be written, for example on a full disk.
-            ValueError: If there is no such adapter, `weight_name` is no safetensors file, or `save_directory` is a
-                file.
+            ValueError: If there is no such adapter, there are no tensors, `weight_name` is no safetensors file, or
+                `save_directory` is a file.
         """
         folder = Path(save_directory)
         _check_weight_name(weight_name)
@@ -128,6 +129,8 @@ class AdapterMixin(LoraBaseMixin):
         tensors, settings = unet_lora_layers, unet_lora_adapter_metadata or {}
         if isinstance(unet_lora_layers, nn.Module):
             tensors, settings = lora_of_unet(unet_lora_layers, adapter_name)
+        if not isinstance(tensors, Mapping) or not tensors:
+            raise ValueError("`unet_lora_layers` must be the music UNet with an adapter, or its tensors by name.")
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {"format": "pt"}
         if settings:
@@ -152,12 +155,15 @@ class AdapterMixin(LoraBaseMixin):
             adapter_weights: How strongly they act, one number for all or one for each. None is 1.
 
         Raises:
-            ValueError: If there is no such adapter, the numbers are not as many, or an adapter is fused.
+            TypeError: If a weight is no number.
+            ValueError: If there is no such adapter, the numbers are not as many or not finite, or an adapter is fused.
         """
         self._refuse_while_fused("set_adapters")
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
+        weights = [*adapter_weights] if isinstance(adapter_weights, (list, tuple)) else [adapter_weights] * len(names)
         self._check_names(names)
+        for weight in weights:
+            _check_scale("adapter_weights", 1.0 if weight is None else weight)
         if len(weights) != len(names):
             raise ValueError(f"`adapter_weights` must be one number or {len(names)}, got {len(weights)}.")
         set_weights_and_activate_adapters(self.unet, names, [1.0 if weight is None else weight for weight in weights])
@@ -174,12 +180,14 @@ class AdapterMixin(LoraBaseMixin):
 
         Args:
             components: The music UNet is the only one.
-            lora_scale: How strongly.
+            lora_scale: How strongly; multiplied with the adapters' own weights.
             safe_fusing: Whether to refuse weights that would become NaN.
             adapter_names: Which; None is the active ones.
 
         Raises:
-            ValueError: If there is no such adapter, one is fused already, or `components` names another one.
+            TypeError: If `lora_scale` is no number.
+            ValueError: If there is no such adapter, one is fused already, `components` names another one, or
+                `lora_scale` is not finite.
         """
         self._refuse_while_fused("fuse_lora")
         if list(components) != ["unet"]:
@@ -187,11 +195,13 @@ class AdapterMixin(LoraBaseMixin):
         if not getattr(self.unet, "peft_config", None):
             raise ValueError("`fuse_lora` needs an adapter: call `load_lora_weights` before.")
         self._check_names(adapter_names or [])
+        _check_scale("lora_scale", lora_scale)
         for layer in lora_layers(self.unet):
-            layer.scale_layer(lora_scale)
+            # Not by `scale_layer`, which passes over adapters that are not active, and cannot be taken back from 0.
+            layer.scaling_before_fusing = dict(layer.scaling)
+            layer.scaling.update({name: scale * lora_scale for name, scale in layer.scaling.items()})
             layer.merge(safe_merge=safe_fusing, adapter_names=adapter_names)
             self._merged_adapters = self._merged_adapters | set(layer.merged_adapters)
-        self._fused_lora_scale = lora_scale
 
     @one_at_a_time
     def unfuse_lora(self, components: list[str] = ["unet"]) -> None:
@@ -202,14 +212,13 @@ class AdapterMixin(LoraBaseMixin):
         """
         super().unfuse_lora(components)
         for layer in lora_layers(self.unet):
-            layer.unscale_layer(self._fused_lora_scale)
-        self._fused_lora_scale = 1.0
+            layer.scaling.update(layer.__dict__.pop("scaling_before_fusing", {}))
 
     @one_at_a_time
     def unload_lora_weights(self) -> None:
         """Removes all adapters. What was fused stays in the music UNet: call `unfuse_lora` before, to be rid of it."""
         remove_lora(self.unet, list(getattr(self.unet, "peft_config", {})))
-        self._merged_adapters, self._fused_lora_scale = set(), 1.0
+        self._merged_adapters = set()
 
     @one_at_a_time
     def delete_adapters(self, adapter_names: str | list[str]) -> None:
@@ -235,9 +244,6 @@ class AdapterMixin(LoraBaseMixin):
     def enable_lora(self) -> None:
         """Takes back `disable_lora`."""
         set_adapter_layers(self.unet, enabled=True)
-
-    # What `fuse_lora` multiplied the adapters' scales with.
-    _fused_lora_scale = 1.0
 
     def _refuse_while_fused(self, method: str) -> None:
         # PEFT would leave out what is not fused, or take back with the new scales what was fused with the old.
@@ -289,10 +295,10 @@ def add_lora(
     """
     peft = _import_peft()
     config = peft.LoraConfig(r=rank, lora_alpha=rank if lora_alpha is None else lora_alpha, target_modules=[*targets])
-    unet._hf_peft_config_loaded = True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, unet, adapter_name)
+    unet._hf_peft_config_loaded = True
 
 
 def install_lora(
@@ -355,6 +361,8 @@ def check_lora(unet: ModelMixin, state_dict: Mapping[str, torch.Tensor]) -> None
     """
     halves: dict[str, set[str]] = {}
     for name, rows in state_dict.items():
+        if not isinstance(rows, torch.Tensor) or not rows.is_floating_point() or not rows.isfinite().all():
+            raise ValueError(f"`{name}` of the LoRA must be a tensor of finite floating-point numbers.")
         layer, dot, part = name.removeprefix(PREFIX).partition(".lora_")
         if not name.startswith(PREFIX) or not dot:
             raise ValueError(
@@ -450,6 +458,13 @@ def _check_weight_name(weight_name: str) -> None:
             f"`weight_name` must be the name of a safetensors file, got {weight_name!r}. Files of other formats run"
             " code when they are read; a folder is `subfolder`."
         )
+
+
+def _check_scale(name: str, scale: Any) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"`{name}` must be a number, got {scale!r:.80}.")
+    if not math.isfinite(scale):
+        raise ValueError(f"`{name}` must be finite, got {scale}.")
 
 
 def _import_peft() -> Any:

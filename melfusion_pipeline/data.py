@@ -343,7 +343,9 @@ def push_triplets(
     records = [_published_record(row, data_root) for row in logging.tqdm(rows, desc="Looking up", unit=" rows")]
     if not records:
         raise ValueError("`rows` holds no rows: there is nothing to publish.")
-    published = datasets.Dataset.from_list(records)
+    # Of a list `datasets` takes the columns of the first row alone.
+    names = [name for name in COLUMNS if any(name in record for record in records)]
+    published = datasets.Dataset.from_dict({name: [record.get(name) for record in records] for name in names})
     published = published.cast_column("image", datasets.Image()).cast_column("audio", datasets.Audio())
     options = {"config_name": config_name, "split": split, "max_shard_size": max_shard_size, "private": private}
     return published.push_to_hub(repo_id, token=token, **options).commit_url

@@ -57,7 +57,11 @@ def load_set(
             pictures nor clips, or there are no rows.
     """
     names = {column: column for column in COLUMNS} | (columns or {})
-    if not set(names) <= set(COLUMNS) or not is_text(name, split, *names.values()):
+    if not is_text(name, split) or not name.strip():
+        raise ValueError(
+            f"`name` and `split` must be the set's id or folder and one of its splits, got {name!r}, {split!r}."
+        )
+    if not set(names) <= set(COLUMNS) or not is_text(*names.values()):
         raise ValueError(f"`columns` must rename some of {list(COLUMNS)}, but is {columns}.")
     records = open_set(name, config_name, split, streaming)
     records = _with_features(records)

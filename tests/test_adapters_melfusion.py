@@ -1,6 +1,7 @@
 """LoRA adapters of the music UNet: installed, saved, loaded, chosen, fused, removed; alone or beside a synapse."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,41 @@ def test_the_strength_of_a_call_and_of_fusing_are_that_of_set_adapters(lora):
     assert_same(play(pipe), full)
 
 
+def test_any_adapter_is_fused_at_any_strength_and_taken_back(lora):
+    pipe = make_pipe()
+    pipe.load_lora_weights(lora, adapter_name="first")
+    train_lora(pipe.unet, "other", rank=3, seed=1)
+    pipe.set_adapters("first", 0.5)
+    half = play(pipe)
+    pipe.set_adapters("first")
+    pipe.set_adapters("other")
+    other = play(pipe)
+    # The one that is not active.
+    pipe.fuse_lora(adapter_names=["first"], lora_scale=0.5)
+    assert_same(play(pipe), half)
+    pipe.unfuse_lora()
+    assert_same(play(pipe), other)
+    pipe.fuse_lora(lora_scale=0.0)
+    assert_same(play(pipe), play(make_pipe()))
+    pipe.unfuse_lora()
+    assert_same(play(pipe), other)
+
+
+def test_strengths_that_are_none_are_refused_and_leave_the_adapter_as_it_was(lora):
+    pipe = make_pipe()
+    pipe.load_lora_weights(lora)
+    expected = play(pipe)
+    for wrong, error in ((math.nan, ValueError), (math.inf, ValueError), ("1", TypeError), ({"unet": 0.5}, TypeError)):
+        with pytest.raises(error, match="`lora_scale` must be"):
+            pipe.fuse_lora(lora_scale=wrong)
+        for weights in (wrong, [wrong]):
+            with pytest.raises(error, match="`adapter_weights` must be"):
+                pipe.set_adapters("default_0", weights)
+    assert_same(play(pipe), expected)
+    pipe.set_adapters("default_0", (1.0,))
+    assert_same(play(pipe), expected)
+
+
 def test_gradients_reach_only_the_adapter():
     pipe = make_pipe()
     add_lora(pipe.unet, 2)
@@ -233,6 +269,8 @@ def test_what_is_no_adapter_of_this_unet_is_refused_and_leaves_it_as_it_was(lora
     half = next(name for name in tensors if ".lora_B." in name)
     for changed, message in (
         ({}, "holds no tensors"),
+        (tensors | {half: torch.full_like(tensors[half], torch.nan)}, "must be a tensor of finite floating-point"),
+        (tensors | {half: 1.0}, "must be a tensor of finite floating-point"),
         ({"unet.conv_in.weight": torch.zeros(1)}, "`unet.conv_in.weight` is no tensor of a LoRA"),
         ({name.removeprefix("unet."): rows for name, rows in tensors.items()}, "is no tensor of a LoRA"),
         ({name.replace("up_blocks.0", "up_blocks.9"): rows for name, rows in tensors.items()}, "no layer up_blocks.9"),
@@ -260,8 +298,13 @@ def test_wrong_files_are_named(lora, tmp_path):
         pipe.save_lora_weights(tmp_path, {}, weight_name="../lora.safetensors")
     with pytest.raises(OSError, match="is no folder, and the Hub says"):
         pipe.load_lora_weights("nobody/nothing")
-    with pytest.raises(TypeError, match="takes no hotswap"):
-        pipe.load_lora_weights(lora, hotswap=True)
+    for source in (lora, load_file(lora / FILE)):
+        with pytest.raises(TypeError, match="takes no hotswap"):
+            pipe.load_lora_weights(source, hotswap=True)
+    for nothing in ({}, None):
+        with pytest.raises(ValueError, match="`unet_lora_layers` must be"):
+            pipe.save_lora_weights(tmp_path / "nothing", nothing)
+    assert not (tmp_path / "nothing").exists()
     (tmp_path / FILE).write_bytes((lora / FILE).read_bytes()[:-10])
     with pytest.raises(OSError, match="is no complete safetensors file"):
         pipe.load_lora_weights(tmp_path)

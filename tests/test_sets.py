@@ -139,6 +139,14 @@ def test_stretches_of_long_files_are_cut_before_they_are_pushed(forms, hub):
         assert (expected["waveforms"] - found["waveforms"]).abs().max() < 2e-4
 
 
+def test_what_only_later_rows_have_is_pushed_too(forms, hub):
+    first = forms["jsonl"]
+    rows = list(islice(open_form(first), 3))
+    rows[1] |= {"genre": "folk"}
+    push_triplets(rows, "tester/genres", root_of(first))
+    assert [row["genre"] for row in load_set("tester/genres")] == [None, "folk", None]
+
+
 def test_a_set_becomes_files_again(forms, tmp_path):
     arguments = forms["webdataset"]
     for _ in range(2):
