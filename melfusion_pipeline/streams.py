@@ -133,10 +133,20 @@ class TripletStream(IterableDataset):
         self.own_lanes = range(first // self.rows_per_lane, last // self.rows_per_lane + 1)
         skipped = self.own_lanes.start * self.rows_per_lane
         self.own_rows = slice(first - skipped, last - skipped + 1)
+        self.layout = [rows.num_shards, self.num_lanes, self.block_size, seed]
         self.go_on(0, {})
 
     def go_on(self, batch: int, states: dict[int, dict]) -> None:
-        """Begins with the batch of the number `batch`; `states` are the newest of each lane in those before it."""
+        """Begins with the batch of the number `batch`; `states` are the newest of each lane in those before it.
+
+        Raises:
+            ValueError: If they are of a stream whose shards, lanes, blocks or seed are others.
+        """
+        if layouts := [state["layout"] for state in states.values() if state["layout"] != self.layout]:
+            raise ValueError(
+                f"The stream was left with shards, lanes, rows of a block and seed {layouts[0]}, now {self.layout}:"
+                " give the same set, total batch size, shuffle buffer and seed as before, or begin anew."
+            )
         self.first_batch, self.states = batch, states
 
     def __iter__(self) -> Iterator[dict]:
@@ -153,7 +163,8 @@ class TripletStream(IterableDataset):
             rows = [next(lanes[lane][1]) for lane in own for _ in range(self.rows_per_lane)]
             if (batch - self.first_batch) % num_workers == number:
                 samples = self._read(rows[self.own_rows])
-                yield default_collate(samples) | {"lanes": {lane: lanes[lane][0].state for lane in own}}
+                states = {lane: lanes[lane][0].state | {"layout": self.layout} for lane in own}
+                yield default_collate(samples) | {"lanes": states}
 
     def _open(self, number: int) -> tuple[Lane, Iterator]:
         shards = list(range(number, self.rows.num_shards, self.num_lanes))

@@ -121,6 +121,16 @@ def test_a_stream_goes_on_where_it_was_left_with_any_number_of_workers(rows, sto
     assert before + after == expected
 
 
+def test_a_stream_of_another_layout_is_not_gone_on_with(rows):
+    lanes = next(iter(TripletStream(rows, read, 8, seed=1, buffer_size=64)))["lanes"]
+    # Two processes that share the same batch go on with what one began.
+    TripletStream(rows, read, 4, 1, 2, seed=1, buffer_size=64).go_on(1, lanes)
+    for other in ({"buffer_size": 32}, {"seed": 2}, {"batch_size": 1}):
+        stream = TripletStream(rows, read, **{"batch_size": 8, "seed": 1, "buffer_size": 64} | other)
+        with pytest.raises(ValueError, match="The stream was left with .*same set, total batch size"):
+            stream.go_on(1, lanes)
+
+
 def test_a_set_that_fits_the_buffer_is_shuffled_as_one_that_is_not_streamed(tmp_path):
     lines = [json.dumps({"image": "x.png", "audio": "x.wav", "caption": f"row {row}"}) for row in range(50)]
     (tmp_path / "set.jsonl").write_text("\n".join(lines))
