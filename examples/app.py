@@ -290,11 +290,11 @@ def build_app(pipe: MelFusionPipeline, max_cached_bytes: int = MAX_CACHED_BYTES)
     forget, cache = (60, KEPT_SECONDS), FeatureCache(pipe, max_cached_bytes)
     with gr.Blocks(title="MeLFusion", analytics_enabled=False, delete_cache=forget) as app:
         gr.Markdown(INTRODUCTION)
-        with gr.Tab("One picture"):
+        with gr.Tab("Picture"):
             draw_tab(pipe, cache)
-        with gr.Tab("A slide show"):
+        with gr.Tab("Slide show"):
             app_slideshow.draw_tab(pipe, MAX_PIXELS, MAX_CHARACTERS, MAX_SEED, user_error)
-        with gr.Tab("Your own music"):
+        with gr.Tab("Your music"):
             picture = PictureInput(
                 type="pil", image_mode=None, sources=["upload"], label="Picture for it", render=False
             )

@@ -479,7 +479,7 @@ def test_a_slide_show_is_made_and_watched_in_a_browser(running, browser, tmp_pat
     page = Page(browser, tmp_path)
     page.resize(width, height, mobile=name == "phone")
     browser.get(running)
-    page.click("button[role=tab]", "A slide show")
+    page.click("button[role=tab]", "Slide show")
     page.click("button", "Make a slide show")
     page.wait_for_message("A slide show takes 1 to 24 pictures, and there are 0")
     images = [ROOT / "examples" / "images" / f"{one}.jpg" for one in ("fog", "lightning", "dandelions")]
@@ -510,7 +510,7 @@ def test_a_stretch_of_music_is_marked_and_made_anew_in_a_browser(running, browse
     page = Page(browser, tmp_path)
     page.resize(width, height, mobile=name == "phone")
     browser.get(running)
-    page.click("button[role=tab]", "Your own music")
+    page.click("button[role=tab]", "Your music")
     page.click("button", "Change the music")
     page.wait_for_message("There is no music to begin with")
     music = "input[type=file][accept*=audio]"
