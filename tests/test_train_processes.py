@@ -15,7 +15,7 @@ from accelerate import DistributedType, PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import assert_near
-from processes import start, start_anew
+from processes import start
 from safetensors.torch import load_file
 from test_train_melfusion import arguments, losses, train, workspace  # noqa: F401 - a fixture
 
@@ -42,6 +42,8 @@ def on_two_processes(folder: Path, train, seconds: float = 1200, **environment: 
 
         return start(code, folder / f"output-{rank}.txt")
 
+    for rank in range(2):
+        (folder / f"output-{rank}.txt").unlink(missing_ok=True)
     processes = [started(rank) for rank in range(2)]
     for process in processes:
         process.join(seconds)
@@ -131,21 +133,22 @@ def test_fsdp2_trains_as_one_process(workspace, tmp_path):  # noqa: F811
     whole = train(workspace, tmp_path / "one", train_batch_size=4, **flags)
     output = tmp_path / "two"
 
-    def run(rank: int) -> None:
-        train_melfusion.main(arguments(workspace, output, train_batch_size=2, **flags))
-        if rank == 0:
-            for name in ("checkpoint-6", "losses.jsonl", "model_index.json"):
-                os.rename(output / name, tmp_path / name)
-        start_anew()
-        resumed = {**flags, "resume_from_checkpoint": "latest"}
-        train_melfusion.main(arguments(workspace, output, train_batch_size=2, **resumed))
+    def sharded(**further) -> str:
+        def run(rank: int) -> None:
+            train_melfusion.main(arguments(workspace, output, train_batch_size=2, **flags, **further))
 
-    results = on_two_processes(tmp_path, run, **environment_of("fsdp.json", "--mixed_precision", "no"))
-    assert [status for status, _ in results] == [0, 0], results[0][1][-3000:] + results[1][1][-3000:]
+        results = on_two_processes(tmp_path, run, **environment_of("fsdp.json", "--mixed_precision", "no"))
+        assert [status for status, _ in results] == [0, 0], results[0][1][-3000:] + results[1][1][-3000:]
+        return results[0][1]
+
+    sharded()
+    for name in ("checkpoint-6", "losses.jsonl", "model_index.json"):
+        os.rename(output / name, tmp_path / name)
+    resumed = sharded(resume_from_checkpoint="latest")
     assert (output / "checkpoint-3" / "pytorch_model_fsdp.bin").is_file(), "nothing was sharded"
     first = [json.loads(line)["loss"] for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
     assert_near(first, whole, steps=100)
-    assert "Resumed at step 3." in results[0][1]
+    assert "Resumed at step 3." in resumed
     assert_near(losses(output)[-3:], whole[3:], steps=100)
     assert (trained_weights(output) - trained_weights(tmp_path / "one")).abs().max() < 1e-5
     one, two = (soundfile.read(folder / "validation/step-6/0.wav")[0] for folder in (tmp_path / "one", output))
