@@ -2,7 +2,7 @@
 
 python benchmarks/overfitting.py --train unet --output build
 python benchmarks/overfitting.py --train unet --family audioldm2 --steps 300 --output build
-python benchmarks/overfitting.py --train lora --steps 500 --output build
+python benchmarks/overfitting.py --train lora --steps 400 --output build
 
 Prints the loss on fixed timesteps and noise before and after, with the pictures shuffled and at alpha = 0, as paired
 differences with 95% intervals, and draws the curves. `--train lora` first trains the music UNet on other clips, as a
@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from melfusion_pipeline import MelFusionPipeline, VisualSynapse
-from melfusion_pipeline.adapters_melfusion import add_lora
+from melfusion_pipeline.adapters_melfusion import ATTENTION, add_lora
 from melfusion_pipeline.audio import waveform_to_latents
 from melfusion_pipeline.metrics import bootstrap_interval
 from melfusion_pipeline.training import MelFusionObjective, TrajectoryCache, freeze
@@ -146,7 +146,9 @@ def run(
     return curve
 
 
-def run_lora(pipe: MelFusionPipeline, triplets: dict, folder: Path, steps: int | None) -> dict[str, list]:
+def run_lora(
+    pipe: MelFusionPipeline, triplets: dict, folder: Path, steps: int | None, targets: list[str]
+) -> dict[str, list]:
     """Trains a music UNet on other clips, then from there all of it and a LoRA; returns the curves of both."""
     run("other clips, text only", pipe, "unet", make_triplets(MINOR), folder, image_dropout=1.0, steps=steps)
     weights, curves = copy.deepcopy(pipe.unet.state_dict()), {}
@@ -154,7 +156,7 @@ def run_lora(pipe: MelFusionPipeline, triplets: dict, folder: Path, steps: int |
         pipe.unet.load_state_dict(weights)
         pipe.synapse.reset_parameters()
         if trainable == "lora":
-            add_lora(pipe.unet, rank=8)
+            add_lora(pipe.unet, rank=8, targets=targets)
         curve = run(trainable, pipe, trainable, triplets, folder, image_dropout=0.1, steps=steps)
         curves[f"--train {trainable}"] = curve
     gains = {name: curve[0][1] - curve[-1][1] for name, curve in curves.items()}
@@ -167,6 +169,7 @@ def main() -> None:
     parser.add_argument("--train", choices=("unet", "lora", "synapse"), required=True)
     parser.add_argument("--family", choices=tuple(FAMILIES), default="audioldm", help="of the music model")
     parser.add_argument("--steps", type=int, help="instead of 1,500 (with the music UNet), 4,000 (synapse alone)")
+    parser.add_argument("--lora_targets", nargs="+", default=ATTENTION, help="ends of the names of the LoRA's layers")
     parser.add_argument("--output", type=Path, default=Path("build"))
     args = parser.parse_args()
     triplets = make_triplets()
@@ -176,7 +179,7 @@ def main() -> None:
             "--train unet": run("unet", pipe, "unet", triplets, args.output, image_dropout=0.1, steps=args.steps)
         }
     elif args.train == "lora":
-        curves = run_lora(pipe, triplets, args.output, args.steps)
+        curves = run_lora(pipe, triplets, args.output, args.steps, args.lora_targets)
     else:
         curves = {
             "music UNet, text only": run(
