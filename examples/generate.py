@@ -61,8 +61,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--best_of above 1 and --clap_model need each other")
     if (arguments.clip_model is None) != (arguments.imsm_captions is None):
         parser.error("--clip_model and --imsm_captions need each other")
-    if arguments.go_on_to is not None and arguments.audio is None:
-        parser.error("--go_on_to needs --audio to go on from")
+    if arguments.clip_model is not None and arguments.clap_model is None:
+        parser.error("--clip_model needs --best_of above 1 and --clap_model")
+    if arguments.go_on_to is not None and (arguments.audio is None or arguments.audio_length_in_s is not None):
+        parser.error("--go_on_to needs --audio to go on from, and stands in place of --audio_length_in_s")
     return arguments
 
 
@@ -76,21 +78,30 @@ def given_music(arguments: argparse.Namespace) -> dict[str, Any]:
         "strength": arguments.strength,
         "mask_start_in_s": starts,
         "mask_end_in_s": ends,
-        "audio_length_in_s": arguments.go_on_to or arguments.audio_length_in_s,
+        "audio_length_in_s": arguments.audio_length_in_s if arguments.go_on_to is None else arguments.go_on_to,
+    }
+
+
+def load_judges(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `score_variations` that judge; before any music is made, which a wrong name would lose."""
+    if arguments.clip_model is None:
+        return {"clap": ClapExtractor.from_pretrained(arguments.clap_model, get_device())}
+    lines = arguments.imsm_captions.read_text(encoding="utf-8").splitlines()
+    captions = [line.strip() for line in lines if line.strip()]
+    if len(captions) < 2:
+        raise ValueError(f"--imsm_captions must hold two captions at least, got {captions}.")
+    return {
+        "clap": ClapExtractor.from_pretrained(arguments.clap_model, get_device()),
+        "clip": ClipExtractor.from_pretrained(arguments.clip_model, get_device()),
+        "captions": captions,
     }
 
 
 def choose(
-    waveforms: torch.Tensor, sampling_rate: int, image: PIL.Image.Image, arguments: argparse.Namespace
+    waveforms: torch.Tensor, sampling_rate: int, image: PIL.Image.Image, prompt: str, judges: dict[str, Any]
 ) -> torch.Tensor:
     """Gives the best `[samples]` of `waveforms` `[variations, samples]` and prints what each one scored."""
-    if arguments.best_of == 1:
-        return waveforms[0]
-    clap, clip, captions = ClapExtractor.from_pretrained(arguments.clap_model, get_device()), None, ()
-    if arguments.clip_model is not None:
-        clip = ClipExtractor.from_pretrained(arguments.clip_model, get_device())
-        captions = arguments.imsm_captions.read_text(encoding="utf-8").splitlines()
-    scores = score_variations(waveforms.numpy(), sampling_rate, arguments.prompt, image, clap, clip, captions)
+    scores = score_variations(waveforms.numpy(), sampling_rate, prompt, image, **judges)
     best = best_first(scores)[0]
     for index in range(len(waveforms)):
         said = ", ".join(f"{name} {values[index]:.4f}" for name, values in scores.items())
@@ -104,6 +115,7 @@ def main() -> None:
     pipe = MelFusionPipeline.from_pretrained(arguments.checkpoint)
     pipe.to(get_device())
     image = PIL.Image.open(arguments.image)
+    judges = load_judges(arguments) if arguments.best_of > 1 else None
     waveforms = pipe(
         image,
         arguments.prompt,
@@ -116,7 +128,9 @@ def main() -> None:
         output_type="pt",
         **given_music(arguments),
     ).audios
-    waveform = choose(waveforms, pipe.sampling_rate, image, arguments)
+    waveform = waveforms[0]
+    if judges is not None:
+        waveform = choose(waveforms, pipe.sampling_rate, image, arguments.prompt, judges)
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     wav = arguments.output / f"{arguments.image.stem}.wav"

@@ -12,7 +12,7 @@ from PIL import Image
 from melfusion_pipeline.audio import AV_SUFFIXES, audio_duration, load_audio
 from melfusion_pipeline.data import export_file, is_silent, locate
 from melfusion_pipeline.sets import media_as_files, open_set, set_root
-from melfusion_pipeline.tables import find_table_format, read_records
+from melfusion_pipeline.tables import find_table_format, local_path, parse_field, read_records
 
 SUFFIXES = {
     "image": tuple(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN),
@@ -35,7 +35,7 @@ def find_items(source: str, kind: str, column: str, caption_column: str, split: 
     """Lists pictures or music.
 
     Args:
-        source: a folder, a CSV or JSON file with paths relative to it (or with MusicCaps' `ytid`, whose clips lie
+        source: a folder, a CSV or JSON file with paths relative to it, below its folder (or with MusicCaps' `ytid`, whose clips lie
             somewhere below its folder), or a set that `datasets` reads.
         kind: `"image"` or `"audio"`.
         column: of the paths or files, where the source is no folder of files.
@@ -67,16 +67,29 @@ def is_set(folder: Path) -> bool:
 
 def items_of_table(path: Path, kind: str, column: str, caption_column: str) -> Iterator[Item]:
     clips = {file.stem: file for file in path.parent.rglob("*") if file.suffix.lower() in SUFFIXES[kind]}
-    for number, record in enumerate(read_records(path, **find_table_format(path))):
-        record = json.loads(record) if isinstance(record, bytes) else record
-        name = record.get(column)
-        if name is None and record.get("ytid") not in clips:
-            if "ytid" in record:
-                continue
-            raise ValueError(f"Row {number} of {str(path)!r} has no {column!r}: name the column of the paths.")
-        file = path.parent / name if name else clips[record["ytid"]]
-        times = [float(record[key]) if record.get(key) not in (None, "") else None for key in ("start", "duration")]
-        yield Item(file, record.get(caption_column) or None, times[0] or 0.0, times[1])
+    table = find_table_format(path)
+    decimal_mark = "," if table.get("delimiter") == ";" else "."
+    for number, record in enumerate(read_records(path, **table)):
+        try:
+            record = json.loads(record) if isinstance(record, bytes) else record
+            if isinstance(record, dict) and column not in record and "ytid" in record:
+                file = clips.get(record["ytid"])
+            else:
+                file = file_of_table(path.parent, parse_field(record, kind, column), column)
+            caption = parse_field(record, "caption", caption_column) if record.get(caption_column) else None
+            start, duration = (parse_field(record, name, name, decimal_mark) for name in ("start", "duration"))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"Row {number} of {str(path)!r}: {error}") from error
+        if file is not None:
+            yield Item(file, caption, start or 0.0, duration)
+
+
+def file_of_table(folder: Path, name: str, column: str) -> Path:
+    """Finds the file that a table names; what lies elsewhere is a `ValueError`, for pairs are copied and published."""
+    file = Path(local_path(folder, name, column))
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name!r} lies outside of the table's folder {str(folder)!r}")
+    return file
 
 
 def items_of_set(name: str, kind: str, column: str, caption_column: str, split: str, media: Path) -> Iterator[Item]:

@@ -210,7 +210,13 @@ def bridge(embeddings: Sequence[torch.Tensor], texts: np.ndarray, scale: float) 
 
 
 def pair(
-    args: argparse.Namespace, pictures: list[Item], looked: list, clips: list[Item], heard: list, models: dict
+    args: argparse.Namespace,
+    phrases: list,
+    pictures: list[Item],
+    looked: list,
+    clips: list[Item],
+    heard: list,
+    models: dict,
 ) -> list[dict]:
     """Makes the pairs, the best first: what a row of a set holds, its score, and where the caption is from."""
     kept = []
@@ -221,7 +227,6 @@ def pair(
         thumbnails = torch.stack([found[position]["thumbnail"] for position in usable])
         kept.append([usable[position] for position in without_duplicates(thumbnails, args.duplicates)])
         print(f"{len(items)} found, {len(usable)} can be read, {len(kept[-1])} are no near duplicates")
-    phrases = read_phrases(args.bridge)
     texts = [phrase for _, phrase in phrases]
     scales = models["clip"].model.logit_scale.exp().item(), models["clap"].model.logit_scale_a.exp().item()
     seen = bridge((looked[i]["embedding"] for i in kept[0]), models["clip"].embed(text=texts), scales[0])
@@ -311,6 +316,7 @@ def drop(output: Path, lists: Sequence[Path]) -> int:
 def make_pairs(args: argparse.Namespace, accelerator: Accelerator) -> list[dict]:
     """Finds, looks, listens and pairs; only the main process gets the pairs."""
     media, cache, seconds = args.output / "media", args.cache or args.output / "embeddings", args.audio_length_in_s
+    phrases = read_phrases(args.bridge)
     cache.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():
         where = (args.dataset_split, media)
@@ -335,7 +341,7 @@ def make_pairs(args: argparse.Namespace, accelerator: Accelerator) -> list[dict]
     clips = [clip for item, found in zip(tracks, cuts) if found for clip in clips_of(item, found["cuts"].tolist())]
     looked = run(pictures, lambda item: look_at(item, models["clip"]), "Looking", weights["clip"])
     heard = run(clips, lambda item: listen_to(item, models["clap"], seconds), "Listening", weights["clap"], seconds)
-    return pair(args, pictures, looked, clips, heard, models) if accelerator.is_main_process else []
+    return pair(args, phrases, pictures, looked, clips, heard, models) if accelerator.is_main_process else []
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import generate
 import numpy as np
 import PIL.Image
 import pytest
@@ -70,6 +71,28 @@ def test_generate_takes_music_that_is_there_and_keeps_the_best(pipe, tmp_path):
     ):
         result = run_script(*script, *arguments, folder=tmp_path)
         assert result.returncode and message in result.stderr
+
+
+def test_no_flag_of_generate_is_passed_over(tmp_path, monkeypatch, capsys):
+    def parse(*arguments):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
+        return generate.parse_arguments()
+
+    judges = ("--clip_model", "clip", "--imsm_captions", tmp_path / "captions.txt")
+    for arguments, message in (
+        (("--audio", "song.wav", "--go_on_to", "3", "--audio_length_in_s", "4"), "in place of --audio_length_in_s"),
+        (judges, "--clip_model needs --best_of above 1"),
+    ):
+        with pytest.raises(SystemExit):
+            parse(*arguments)
+        assert message in " ".join(capsys.readouterr().err.split())
+    soundfile.write(tmp_path / "song.wav", polyphonic_music(16000, 0.5), 16000)
+    given = generate.given_music(parse("--audio", tmp_path / "song.wav", "--go_on_to", "0"))
+    assert given["audio_length_in_s"] == 0
+    # Before CLAP is loaded, and before any music is made.
+    (tmp_path / "captions.txt").write_text("a\n\n")
+    with pytest.raises(ValueError, match="--imsm_captions must hold two captions at least"):
+        generate.load_judges(parse("--best_of", "3", "--clap_model", "nowhere", *judges))
 
 
 def test_the_best_variation_has_the_best_ranks():

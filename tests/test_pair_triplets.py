@@ -192,7 +192,7 @@ def test_tables_musiccaps_and_sets_are_sources_too(sources, tmp_path):
         ("0.wav", "tune, 0", 0.0, None),
         ("2.wav", "tune, 2", 0.0, None),
     ]
-    with pytest.raises(ValueError, match="Row 0 .*has no 'song'"):
+    with pytest.raises(ValueError, match="Row 0 .*`song` is missing"):
         find_items(str(sources / "pictures.jsonl"), "audio", "song", "caption", "train", tmp_path)
     (sources / "musiccaps-public.csv").unlink()
     records = [{"song": as_bytes(sources / "music" / f"{seed}.wav"), "text": f"tune {seed}"} for seed in range(3)]
@@ -207,10 +207,40 @@ def test_tables_musiccaps_and_sets_are_sources_too(sources, tmp_path):
         find_items(str(tmp_path / "empty"), "image", "image", "text", "train", tmp_path / "media")
 
 
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        ('{"audio": "../music/0.wav"}', "may not hold '..'"),
+        ('{"audio": "/etc/hostname"}', "lies outside of the table's folder"),
+        ('{"audio": 5}', "`audio` must be text"),
+        ('["0.wav"]', "`audio` is missing"),
+        ('{"audio": "0.wav", "caption": 5}', "`caption` must be text"),
+        ('{"audio": "0.wav", "start": -1}', "`start` must be a number of seconds"),
+        ("0.wav", "Expecting value|Extra data"),
+    ],
+)
+def test_wrong_rows_of_tables_are_named_before_anything_is_read(tmp_path, table, message):
+    (tmp_path / "0.wav").touch()
+    (tmp_path / "set.jsonl").write_text(f'{{"audio": "0.wav"}}\n{table}\n')
+    with pytest.raises(ValueError, match=f"Row 1 of .*set.jsonl.*({message})"):
+        find_items(str(tmp_path / "set.jsonl"), "audio", "audio", "caption", "train", tmp_path)
+
+
+def test_tables_are_read_as_training_reads_them(tmp_path):
+    (tmp_path / "set.csv").write_text("audio;start;duration;caption\nmusic\\0.wav;0,5;1,25;a tune\n")
+    (tmp_path / "set.jsonl").write_text('{"audio": "0.wav", "caption": ["slow", "sad"]}')
+    (csv_item,), (json_item,) = (
+        find_items(str(tmp_path / name), "audio", "audio", "caption", "train", tmp_path)
+        for name in ("set.csv", "set.jsonl")
+    )
+    assert csv_item == Item(tmp_path / "music" / "0.wav", "a tune", 0.5, 1.25)
+    assert json_item.caption == "slow, sad"
+
+
 def test_given_captions_stay_and_pairs_are_published(sources, models, tmp_path, hub):
     lines = [{"audio": str(sources / "music" / f"{seed}.wav"), "caption": f"tune {seed}"} for seed in range(3)]
-    (tmp_path / "music.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    flags = ["--music", str(tmp_path / "music.jsonl"), "--hub_dataset_id", "tester/pairs"]
+    (sources / "music.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = ["--music", str(sources / "music.jsonl"), "--hub_dataset_id", "tester/pairs"]
     pairs = run(sources, tmp_path / "out", models, *flags)
     assert {row["caption"]: row["caption_source"] for row in pairs} == {f"tune {seed}": "given" for seed in range(3)}
     published = load_set("tester/pairs")
