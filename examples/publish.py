@@ -19,7 +19,16 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils.torch_utils import get_device
 from huggingface_hub import create_repo, upload_folder
 from huggingface_hub.utils import validate_repo_id
-from model_card import TRAINED, Publication, Sample, is_repo_id, read_training, write_model_card, write_training
+from model_card import (
+    TRAINED,
+    WHOLE_PIPELINE,
+    Publication,
+    Sample,
+    is_repo_id,
+    read_training,
+    write_model_card,
+    write_training,
+)
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.adapters_melfusion import read_lora
@@ -141,6 +150,11 @@ def check_learned(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(f"--output {args.output} holds a whole pipeline: name another folder with --only_learned")
     if training["facts"].get("trained") == TRAINED["unet"]:
         parser.error("--only_learned: the music UNet itself was trained; publish the whole pipeline")
+    if training["facts"].get("starting from", "").startswith(WHOLE_PIPELINE):
+        parser.error(
+            "--only_learned: training started from a whole pipeline, whose music UNet need not be a base model's:"
+            " publish all of it, or train with --pretrained_image_model, --pretrained_music_model and --synapse"
+        )
     base_models = args.base_model or training["base_models"]
     if len(base_models) < 2 or (args.base_model and len(base_models) > 2):
         parser.error(

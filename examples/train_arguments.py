@@ -1,6 +1,7 @@
 """The arguments of `train_melfusion.py`, and which of them cannot be right."""
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,8 +125,8 @@ def find_problems(args: argparse.Namespace) -> Iterator[str]:
         yield "give --train_data or --dataset_name"
     if args.dataset_name and args.train_split:
         yield "--train_split is a value in the split column of --train_data; with --dataset_name give --dataset_split"
-    if args.dataset_config_name and not args.dataset_name:
-        yield "--dataset_config_name needs --dataset_name"
+    if (args.dataset_config_name or args.dataset_split != "train") and not args.dataset_name:
+        yield "--dataset_config_name and --dataset_split need --dataset_name"
     if args.validation_split and not (args.validation_data or args.dataset_name):
         yield "--validation_split needs --validation_data or --dataset_name"
     for name in ("rank", "lora_alpha", "lora_targets"):
@@ -143,8 +144,15 @@ def find_problems(args: argparse.Namespace) -> Iterator[str]:
     ).split():
         if not getattr(args, name) > 0:
             yield f"--{name} must be above 0, got {getattr(args, name)}"
-    if args.dataloader_num_workers is not None and args.dataloader_num_workers < 0:
-        yield f"--dataloader_num_workers must be 0 or above, got {args.dataloader_num_workers}"
+    for name in "dataloader_num_workers num_validation_samples lr_warmup_steps adam_weight_decay seed".split():
+        if getattr(args, name) is not None and not getattr(args, name) >= 0:
+            yield f"--{name} must be 0 or above, got {getattr(args, name)}"
+    for name in ("audio_length_in_s", "learning_rate", "synapse_learning_rate", "adam_weight_decay", "logit_mean"):
+        if getattr(args, name) is not None and not math.isfinite(getattr(args, name)):
+            yield f"--{name} must be finite, got {getattr(args, name)}"
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            yield f"--{name} must lie in [0, 1), got {getattr(args, name)}"
     for name in ("text_dropout", "image_dropout", "ema_decay"):
         if not 0 <= getattr(args, name) <= 1:
             yield f"--{name} must lie in [0, 1], got {getattr(args, name)}"

@@ -19,7 +19,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.optimization import get_scheduler
-from model_card import TRAINED, Publication, read_training, write_model_card, write_training
+from model_card import TRAINED, WHOLE_PIPELINE, Publication, read_training, write_model_card, write_training
 from publish import upload
 from tqdm.auto import tqdm
 from train_arguments import parse_arguments
@@ -175,6 +175,9 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator) -> State | None:
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(pipe)
     args.resolution, args.sampling_rate = args.resolution or pipe.default_image_size, pipe.sampling_rate
+    if args.resolution % pipe.image_vae_scale_factor:
+        # It would be trained on, but no call takes it, and it becomes the default of all calls.
+        raise ValueError(f"--resolution must be a multiple of {pipe.image_vae_scale_factor}, got {args.resolution}.")
     freeze(pipe, args.train, DTYPES[accelerator.mixed_precision])
     pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
@@ -300,7 +303,7 @@ def finish(state: State) -> None:
             image_size=args.resolution,
         )
         save_pipeline(args, pipe)
-        describe_pipeline(args, pipe)
+        describe_pipeline(args, pipe, state.position.step)
         if args.push_to_hub:
             upload(args.output_dir, args.hub_model_id)
     accelerator.end_training()
@@ -320,24 +323,24 @@ def save_pipeline(args: argparse.Namespace, pipe: MelFusionPipeline) -> None:
         (args.output_dir / "synapse" / LORA_WEIGHT_NAME_SAFE).unlink(missing_ok=True)
 
 
-def describe_pipeline(args: argparse.Namespace, pipe: MelFusionPipeline) -> None:
+def describe_pipeline(args: argparse.Namespace, pipe: MelFusionPipeline, step: int) -> None:
     """Writes what is told of the training, and the model card; on a full disk both stay as they were."""
     name = args.hub_model_id or args.output_dir.name
     with staged_folder(args.output_dir) as folder:
-        write_training(folder, *describe_training(args))
+        write_training(folder, *describe_training(args, step))
         training = read_training(folder)
         write_model_card(folder, pipe, Publication(name, training["base_models"], training["facts"]))
 
 
-def describe_training(args: argparse.Namespace) -> tuple[list[str], dict]:
+def describe_training(args: argparse.Namespace, step: int) -> tuple[list[str], dict]:
     """The models on the Hub that training started from, and what the model card tells of it."""
     sources = [args.pretrained_model_name_or_path, args.pretrained_image_model, args.pretrained_music_model]
     sources = list(filter(None, [*sources, args.synapse]))
     facts = {
         "trained": TRAINED[args.train],
-        "starting from": " and ".join(sources),
+        "starting from": WHOLE_PIPELINE * bool(args.pretrained_model_name_or_path) + " and ".join(sources),
         "training data": args.train_data if args.dataset_name else Path(args.train_data).name,
-        "steps": args.max_train_steps,
+        "steps": step,
         "batch size on each device": args.train_batch_size,
         "gradient accumulation": args.gradient_accumulation_steps,
         "picture latents": f"{args.image_latents}, {args.resolution} px",

@@ -287,6 +287,16 @@ def test_what_cannot_be_loaded_from_a_small_repository_is_not_published_so(
     assert not (tmp_path / "small").exists()
 
 
+def test_what_was_learned_on_a_whole_pipeline_is_not_published_for_base_models(tmp_path, capsys):
+    facts = {"trained": model_card.TRAINED["lora"], "starting from": model_card.WHOLE_PIPELINE + "my-lora"}
+    model_card.write_training(tmp_path, [], facts)
+    given = ["--checkpoint", str(tmp_path), "--hub_model_id", "you/small", "--output", str(tmp_path / "small")]
+    with pytest.raises(SystemExit):
+        publish.main([*given, "--only_learned", "--base_model", "maker/image", "maker/music"])
+    assert "training started from a whole pipeline" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "small").exists()
+
+
 @pytest.mark.parametrize(
     "text, shown",
     [

@@ -210,6 +210,15 @@ WRONG = {
     "train": ({"train": "vae"}, "invalid choice"),
     "scheduler": ({"lr_scheduler": "piecewise_constant"}, "invalid choice: 'piecewise_constant'"),
     "workers": ({"dataloader_num_workers": -1}, "--dataloader_num_workers must be 0 or above"),
+    "samples": ({"num_validation_samples": -1}, "--num_validation_samples must be 0 or above"),
+    "warmup": ({"lr_warmup_steps": -1}, "--lr_warmup_steps must be 0 or above"),
+    "seed": ({"seed": -1}, "--seed must be 0 or above"),
+    "weight decay": ({"adam_weight_decay": -0.1}, "--adam_weight_decay must be 0 or above"),
+    "beta": ({"adam_beta1": 1.0}, r"--adam_beta1 must lie in \[0, 1\)"),
+    "endless clips": ({"audio_length_in_s": "inf"}, "--audio_length_in_s must be finite"),
+    "infinite rate": ({"synapse_learning_rate": "inf"}, "--synapse_learning_rate must be finite"),
+    "NaN timesteps": ({"logit_mean": "nan"}, "--logit_mean must be finite"),
+    "split of a file": ({"dataset_split": "test"}, "--dataset_split need --dataset_name"),
     "rank without a LoRA": ({"rank": 4}, "--rank needs --train lora"),
     "targets without a LoRA": ({"train": "unet", "lora_targets": "to_q"}, "--lora_targets needs --train lora"),
     "no rank": ({"train": "lora", "rank": 0}, "--rank must be above 0"),
@@ -227,6 +236,19 @@ def test_wrong_flags_are_refused_before_anything_loads(workspace, tmp_path, caps
     error = " ".join(capsys.readouterr().err.split())
     assert re.search(message, error), error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_size_that_no_call_takes_is_refused(workspace, tmp_path):
+    with pytest.raises(ValueError, match="--resolution must be a multiple of 4, got 33"):
+        train(workspace, tmp_path, resolution=33)
+    assert not (tmp_path / "model_index.json").exists()
+
+
+def test_the_card_tells_the_steps_that_were_taken_and_what_they_began_with(workspace, tmp_path):
+    train(workspace, tmp_path, max_train_steps=2)
+    train(workspace, tmp_path, max_train_steps=1, resume_from_checkpoint="latest")
+    facts = json.loads((tmp_path / "training.json").read_text())["facts"]
+    assert facts["steps"] == 2 and facts["starting from"] == "the whole pipeline pipeline"
 
 
 def reset_accelerate() -> None:
