@@ -35,8 +35,8 @@ def find_items(source: str, kind: str, column: str, caption_column: str, split: 
     """Lists pictures or music.
 
     Args:
-        source: a folder, a CSV or JSON file with paths relative to it, below its folder (or with MusicCaps' `ytid`, whose clips lie
-            somewhere below its folder), or a set that `datasets` reads.
+        source: a folder, a CSV or JSON file with paths relative to it, none outside of its folder (or with MusicCaps'
+            `ytid`, whose clips lie somewhere below its folder), or a set that `datasets` reads.
         kind: `"image"` or `"audio"`.
         column: of the paths or files, where the source is no folder of files.
         caption_column: of the captions; a source may have none.
