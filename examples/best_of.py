@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy.stats import rankdata
 
 from melfusion_pipeline.extractors import ClapExtractor, ClipExtractor
 from melfusion_pipeline.metrics import clap_score, imsm
+from melfusion_pipeline.waveforms_melfusion import normalize_waveform
 
 
 def score_variations(
@@ -22,7 +24,7 @@ def score_variations(
     """Scores variations of one piece, higher is better.
 
     Args:
-        waveforms: `[variations, samples]`.
+        waveforms: `[variations, samples]`, of any level.
         sampling_rate: Their rate, in Hz.
         prompt: What they were made for, as `image`.
         clap: Hears how near each is to the prompt.
@@ -32,6 +34,8 @@ def score_variations(
     Returns:
         `[variations]` each: `"CLAP"`, and with `clip` `"IMSM"`.
     """
+    # Music that was there has its own level; the scores of evaluate.py are those of AudioLDM's.
+    waveforms = normalize_waveform(torch.from_numpy(waveforms)).numpy()
     texts = clap.embed(text=[prompt]).repeat(len(waveforms), axis=0)
     scores = {"CLAP": clap_score(clap.embed(audio=waveforms, sampling_rate=sampling_rate), texts)}
     if clip is not None:
