@@ -28,10 +28,10 @@ PICTURES = {
     "rocket_hall": (True, True),
 }
 PROMPTS = ("a waltz for piano", "organ playing a march")
-# About half of the smaller of two sets of seeds: onsets a second 1.81, 2.29; drums 0.25, 0.24; register in semitones
-# 27.7, 25.8. With the opposite pictures the same figures came out negative.
-THRESHOLDS = {"onsets": 0.9, "drums": 0.12, "register": 13.0}
-# Log-mel L1 between what was decoded and what is heard: 0.32, 0.33. The HiFi-GAN bundled before has 0.67, 0.70.
+# About half of the smaller of two sets of seeds: onsets a second 2.93, 2.88; drums 0.25, 0.27; register in semitones
+# 18.5, 19.1 (a third set: 1.95, 0.09, 9.9). With the opposite pictures the same figures came out negative.
+THRESHOLDS = {"onsets": 1.4, "drums": 0.12, "register": 9.0}
+# Log-mel L1 between what was decoded and what is heard: 0.32, 0.31. The HiFi-GAN bundled before has 0.67, 0.70.
 VOCODER_ERROR = 0.45
 # Of the energy, at multiples of 100 Hz: 0.03, 0.03. That HiFi-GAN, which could hold no chord, has 0.42, 0.44.
 FRAME_RATE_SHARE = 0.1
@@ -88,9 +88,9 @@ def test_the_music_follows_the_pictures(pipe, clips):
 
 
 def test_a_call_without_arguments_is_the_evaluated_setting(pipe, clips):
-    evaluated = {"num_inference_steps": 10, "num_inversion_steps": 10, "guidance_scale": 5.0}
+    evaluated = {"num_inference_steps": 10, "num_inversion_steps": 2, "guidance_scale": 5.0}
     assert type(pipe.scheduler) is DPMSolverMultistepScheduler
-    given = make(pipe, "fog", PROMPTS[0], image_guidance_scale=8.0, **evaluated)[1]
+    given = make(pipe, "fog", PROMPTS[0], image_guidance_scale=8.0, image_guidance_end=0.5, **evaluated)[1]
     assert np.array_equal(clips["fog", PROMPTS[0]][1], given)
 
 

@@ -45,7 +45,8 @@ def main() -> None:
         # Two folders further up lies the package itself, which a copy of its code could only contradict.
         for module in folder.rglob("*.py"):
             module.unlink()
-            module.symlink_to(os.path.relpath(ROOT / "melfusion_pipeline" / module.name, module.parent))
+            place = args.output.absolute() / module.parent.relative_to(folder)
+            module.symlink_to(os.path.relpath(ROOT / "melfusion_pipeline" / module.name, place))
         shutil.copy(args.card, folder / "README.md")
         shutil.copy(args.data / "ATTRIBUTION.csv", folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
