@@ -130,10 +130,13 @@ def run(
     folder: Path,
     image_dropout: float,
     steps: int | None,
+    lora_rate: float | None = None,
 ) -> list[tuple[int, float]]:
     """Trains one model and reports what it learnt; returns the curve."""
     settings = {"unet": UNET, "lora": LORA, "synapse": SYNAPSE}[trainable]
     settings = {**settings, "steps": steps or settings["steps"]}
+    if lora_rate is not None:
+        settings["rates"] = settings["rates"] | {"lora": lora_rate}
     freeze(pipe, trainable)
     trajectories = TrajectoryCache(folder / "trajectories", pipe, 10, 32)
     dropout = {"text_dropout": 0.0, "image_dropout": image_dropout}
@@ -147,7 +150,12 @@ def run(
 
 
 def run_lora(
-    pipe: MelFusionPipeline, triplets: dict, folder: Path, steps: int | None, targets: list[str]
+    pipe: MelFusionPipeline,
+    triplets: dict,
+    folder: Path,
+    steps: int | None,
+    targets: list[str],
+    lora_rate: float | None,
 ) -> dict[str, list]:
     """Trains a music UNet on other clips, then from there all of it and a LoRA; returns the curves of both."""
     run("other clips, text only", pipe, "unet", make_triplets(MINOR), folder, image_dropout=1.0, steps=steps)
@@ -157,7 +165,7 @@ def run_lora(
         pipe.synapse.reset_parameters()
         if trainable == "lora":
             add_lora(pipe.unet, rank=8, targets=targets)
-        curve = run(trainable, pipe, trainable, triplets, folder, image_dropout=0.1, steps=steps)
+        curve = run(trainable, pipe, trainable, triplets, folder, image_dropout=0.1, steps=steps, lora_rate=lora_rate)
         curves[f"--train {trainable}"] = curve
     gains = {name: curve[0][1] - curve[-1][1] for name, curve in curves.items()}
     print(f"the LoRA has {gains['--train lora'] / gains['--train unet']:.1%} of the gain", flush=True)
@@ -171,6 +179,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="instead of 1,500 (with the music UNet), 4,000 (synapse alone)")
     parser.add_argument("--lora_targets", nargs="+", default=ATTENTION, help="ends of the names of the LoRA's layers")
     parser.add_argument("--output", type=Path, default=Path("build"))
+    parser.add_argument("--lora_rate", type=float, help="learning rate of the LoRA, instead of 1e-2")
     args = parser.parse_args()
     triplets = make_triplets()
     pipe = make_pipeline(triplets, args.family)
@@ -179,7 +188,7 @@ def main() -> None:
             "--train unet": run("unet", pipe, "unet", triplets, args.output, image_dropout=0.1, steps=args.steps)
         }
     elif args.train == "lora":
-        curves = run_lora(pipe, triplets, args.output, args.steps, args.lora_targets)
+        curves = run_lora(pipe, triplets, args.output, args.steps, args.lora_targets, args.lora_rate)
     else:
         curves = {
             "music UNet, text only": run(

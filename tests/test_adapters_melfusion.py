@@ -90,6 +90,22 @@ def test_saved_loaded_fused_and_unfused_sounds_the_same_and_unloaded_as_before(f
     assert_same(play(pipe), plain)
 
 
+def test_convolutions_can_be_targets(tmp_path):
+    pipe = make_pipe()
+    add_lora(pipe.unet, 2, targets=[*ATTENTION, "conv1", "conv_shortcut", "conv_out", "ff.net.0.proj"])
+    torch.manual_seed(0)
+    for layer in lora_layers(pipe.unet):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    adapted = play(pipe)
+    assert (adapted - play(make_pipe())).abs().mean() > 0.05 * adapted.abs().mean()
+    pipe.save_lora_weights(tmp_path, pipe.unet)
+    loaded = make_pipe()
+    loaded.load_lora_weights(tmp_path)
+    assert_same(play(loaded), adapted)
+    loaded.fuse_lora()
+    assert_same(play(loaded), adapted)
+
+
 def test_adapters_are_chosen_weighed_and_deleted(lora):
     pipe, plain = make_pipe(), play(make_pipe())
     train_lora(pipe.unet, "other", rank=3, seed=1)
