@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
+from model_card import is_repo_id
 from pair_sources import Item, clips_of, cut_track, find_items
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -83,6 +84,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"give {', '.join(missing)}, or --drop")
     if args.reuse < 1 or not 0 < args.duplicates <= 1 or not args.audio_length_in_s >= 1:
         parser.error("--reuse must be at least 1, --duplicates in (0, 1], --audio_length_in_s at least 1")
+    if args.hub_dataset_id and not is_repo_id(args.hub_dataset_id):
+        parser.error(f"--hub_dataset_id must be like user/name, but is {args.hub_dataset_id!r}")
     return args
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffusers.optimization import SchedulerType
+from model_card import is_repo_id
 
 from melfusion_pipeline.adapters_melfusion import ATTENTION
 from melfusion_pipeline.data import COLUMNS
@@ -119,6 +120,8 @@ def find_problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--pretrained_model_name_or_path already holds a synapse and both base models"
     if args.push_to_hub and not args.hub_model_id:
         yield "--push_to_hub needs --hub_model_id"
+    if args.hub_model_id and not is_repo_id(args.hub_model_id):
+        yield f"--hub_model_id must be like user/name, got {args.hub_model_id!r}"
     if args.random_image_crops and args.image_latents != "noising":
         yield "--random_image_crops needs --image_latents noising: a trajectory belongs to one crop"
     if (args.train_data is None) == (args.dataset_name is None):

@@ -129,7 +129,9 @@ def examine_rows(rows: Iterable[dict], data_root: PathLike, min_duration_in_s: f
         What was seen of each row.
     """
     return [
-        examine_row(row, data_root, min_duration_in_s) for row in logging.tqdm(rows, desc="Checking", unit=" rows")
+        # Streamed rows of `load_set` have numbers only within their shards.
+        examine_row({"row": number} | row, data_root, min_duration_in_s)
+        for number, row in enumerate(logging.tqdm(rows, desc="Checking", unit=" rows"))
     ]
 
 
@@ -226,7 +228,7 @@ def read_triplet(
     """Reads a row's picture and a stretch of its music; what is random is keyed by seed, epoch and row number only.
 
     Args:
-        row: from `load_rows` or `load_set`.
+        row: from `load_rows` or `load_set`; streamed ones of the latter get their `row` from `TripletStream`.
         data_root: the folder that all files must lie in, or `set_root` of a set.
         prepare_image: called as `prepare_image(image, generator=generator)` with a `PIL.Image.Image` as it is stored
             (any mode, not rotated by its EXIF data) and a `torch.Generator`, or `None` for the centre crop; returns
@@ -340,7 +342,8 @@ def push_triplets(
         import datasets
     except ImportError as error:
         raise ImportError("Publishing a set of triplets needs `datasets`: pip install datasets") from error
-    records = [_published_record(row, data_root) for row in logging.tqdm(rows, desc="Looking up", unit=" rows")]
+    rows = logging.tqdm(rows, desc="Looking up", unit=" rows")
+    records = [_published_record({"row": number} | row, data_root) for number, row in enumerate(rows)]
     if not records:
         raise ValueError("`rows` holds no rows: there is nothing to publish.")
     # Of a list `datasets` takes the columns of the first row alone.
@@ -368,6 +371,8 @@ def _published_record(row: dict, data_root: PathLike) -> dict:
 def _cut_out(path: Path | EmbeddedFile, start: float, duration: float | None) -> EmbeddedFile:
     """Cuts a stretch, in seconds, out of a sound file, as FLAC of 16 bits."""
     waveform, sampling_rate = load_audio(path, start, duration)
+    # Float files and decoded mp3 may go beyond full scale, where 16 bits end; training scales to the peak anyway.
+    waveform = waveform / waveform.abs().amax().clamp(min=1)
     file = BytesIO()
     soundfile.write(file, waveform.T.numpy(), sampling_rate, format="FLAC", subtype="PCM_16")
     return EmbeddedFile(file.getvalue(), f"{Path(str(path)).stem}-{start:g}.flac")
@@ -398,11 +403,11 @@ def export_triplets(rows: Iterable[dict], folder: PathLike, data_root: PathLike)
     """
     folder, lines = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
-    for row in logging.tqdm(rows, desc="Writing files", unit=" rows"):
+    for number, row in enumerate(logging.tqdm(rows, desc="Writing files", unit=" rows")):
         try:
             files = {column: export_file(locate(row[column], data_root), folder) for column in ("image", "audio")}
         except ValueError as error:
-            raise ValueError(f"Row {row['row']}: {error}") from error
+            raise ValueError(f"Row {row.get('row', number)}: {error}") from error
         kept = {name: row[name] for name in ("caption", "start", "duration", "genre", "split")}
         lines.append(json.dumps({name: value for name, value in (kept | files).items() if value is not None}) + "\n")
     with atomic_write(folder / "triplets.jsonl") as temporary:

@@ -2,12 +2,14 @@
 
 import functools
 import json
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import soundfile
 import torch
 from torch.utils.data import DataLoader, default_collate
 from triplet_forms import FORMS, write_forms
@@ -147,6 +149,17 @@ def test_what_only_later_rows_have_is_pushed_too(forms, hub):
     assert [row["genre"] for row in load_set("tester/genres")] == [None, "folk", None]
 
 
+def test_a_stretch_beyond_full_scale_is_not_clipped(forms, tmp_path, hub):
+    wave = 2 * np.sin(np.arange(32000) * 0.05)
+    soundfile.write(tmp_path / "loud.wav", wave, 16000, subtype="FLOAT")
+    (tmp_path / "0.png").write_bytes((Path(forms["imagefolder"]["name"]) / "0.png").read_bytes())
+    row = {"image": "0.png", "audio": "loud.wav", "caption": "a", "start": 0.5, "duration": 1.0}
+    (tmp_path / "set.jsonl").write_text(json.dumps(row))
+    push_triplets(load_rows(tmp_path / "set.jsonl"), "tester/loud", tmp_path)
+    pushed, _ = soundfile.read(BytesIO(load_set("tester/loud")[0]["audio"]["bytes"]))
+    np.testing.assert_allclose(pushed / np.abs(pushed).max(), wave[8000:24000] / 2, atol=2e-4)
+
+
 def test_a_set_becomes_files_again(forms, tmp_path):
     arguments = forms["webdataset"]
     for _ in range(2):
@@ -235,6 +248,10 @@ def test_wrong_fields_are_problems_of_their_rows(forms, tmp_path):
     assert list(problems) == [1, 2, 3] and "`caption` is missing" in problems[1] and "`start` must be" in problems[3]
     streamed = list(load_set(name, streaming=True))
     assert [bool(row["problem"]) for row in streamed] == [False, True, True, True]
+    streamed = load_set(name, streaming=True)
+    assert dict(check_rows(streamed, set_root(name))) == problems
+    with pytest.raises(ValueError, match="Row 1: `caption` is missing"):
+        push_triplets(streamed, "tester/wrong", set_root(name))
 
 
 def test_a_damaged_row_in_the_middle_of_a_stream_is_named_or_skipped(forms, tmp_path, caplog):

@@ -200,6 +200,7 @@ WRONG = {
     "no model": ({"pretrained_model_name_or_path": None}, "both --pretrained_image_model"),
     "two models": ({"pretrained_image_model": "a", "pretrained_music_model": "b"}, "already holds"),
     "no hub id": ({"push_to_hub": True}, "--push_to_hub needs --hub_model_id"),
+    "hub id": ({"hub_model_id": "a/b/c"}, "--hub_model_id must be like user/name"),
     "crops": ({"random_image_crops": True}, "--random_image_crops needs"),
     "no data": ({"train_data": "nowhere.jsonl"}, "does not exist"),
     "no steps": ({"max_train_steps": 0}, "--max_train_steps must be above 0"),
