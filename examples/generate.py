@@ -55,7 +55,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--clip_model", help="folder or Hub id: with --imsm_captions, how near it is to the picture")
     parser.add_argument("--imsm_captions", type=Path, help="file with one caption a line, over which IMSM compares")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("build"), help="folder for the WAV and the PNG")
+    parser.add_argument(
+        "--output", type=Path, default=Path("build"), help="folder for WAV and PNG, named after the files"
+    )
     arguments = parser.parse_args()
     if (arguments.best_of > 1) != (arguments.clap_model is not None):
         parser.error("--best_of above 1 and --clap_model need each other")
@@ -133,7 +135,9 @@ def main() -> None:
         waveform = choose(waveforms, pipe.sampling_rate, image, arguments.prompt, judges)
 
     arguments.output.mkdir(parents=True, exist_ok=True)
-    wav = arguments.output / f"{arguments.image.stem}.wav"
+    # Named after both, so that music that was made here is not overwritten by a variation of it.
+    named_after = [path.stem for path in (arguments.audio, arguments.image) if path is not None]
+    wav = arguments.output / f"{'-'.join(named_after)}.wav"
     save_audio(wav, waveform, pipe.sampling_rate)
     title = f"{arguments.image.stem}: {arguments.prompt}"
     spectrogram = Spectrogram.of(pipe)

@@ -54,7 +54,7 @@ def test_generate_takes_music_that_is_there_and_keeps_the_best(pipe, tmp_path):
     def make(*arguments):
         result = run_script(*script, *arguments, folder=tmp_path)
         assert result.returncode == 0, result.stderr
-        return soundfile.read(tmp_path / "forest_stream.wav", dtype="float32")[0], result.stdout
+        return soundfile.read(tmp_path / "song-forest_stream.wav", dtype="float32")[0], result.stdout
 
     anew, _ = make("--make_anew", "0.25:0.5", "1:1.5")
     differs = np.abs(anew - given) > 2**-14
@@ -62,6 +62,10 @@ def test_generate_takes_music_that_is_there_and_keeps_the_best(pipe, tmp_path):
     assert not differs[:4000].any() and not differs[8000:16000].any() and not differs[24000:].any()
     longer, _ = make("--go_on_to", "2.5")
     assert len(longer) == 40000 and np.abs(longer[:32000] - given).max() < 2**-14
+    # What was made here may be varied, and is then still there.
+    made = (tmp_path / "song-forest_stream.wav").read_bytes()
+    make("--audio", tmp_path / "song-forest_stream.wav", "--strength", "0.5")
+    assert (tmp_path / "song-forest_stream.wav").read_bytes() == made
     best, printed = make("--strength", "0.5", "--best_of", "3", *models, "--imsm_captions", tmp_path / "captions.txt")
     assert len(best) == 32000 and printed.count("IMSM") == 3 and printed.count(", kept\n") == 1
     for arguments, message in (
