@@ -185,9 +185,9 @@ class AdapterMixin(LoraBaseMixin):
             adapter_names: Which; None is the active ones.
 
         Raises:
-            TypeError: If `lora_scale` is no number.
-            ValueError: If there is no such adapter, one is fused already, `components` names another one, or
-                `lora_scale` is not finite.
+            TypeError: If the strength is no number.
+            ValueError: If there is no such adapter, one is fused already, `components` names another one, or the
+                strength is not finite.
         """
         self._refuse_while_fused("fuse_lora")
         if list(components) != ["unet"]:
