@@ -347,7 +347,7 @@ def test_encode_prompt_returns_plain_names_and_gradients_are_off_where_calls_beg
     assert [ast.unparse(value) for value in returned] == ["(prompt_embeds, negative_prompt_embeds)"]
     decorators = {name: [ast.unparse(single) for single in node.decorator_list] for name, node in methods.items()}
     without_gradients = {name for name, found in decorators.items() if "torch.no_grad()" in found}
-    assert without_gradients == {"__call__", "encode_prompt", "encode_image", "encode_image_prompt"}
+    assert without_gradients == {"__call__", "encode_prompt", "encode_audio", "encode_image", "encode_image_prompt"}
 
 
 def test_long_prompts_are_cut_with_one_warning(pipe, caplog, capfd):
