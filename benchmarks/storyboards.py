@@ -20,8 +20,15 @@ from melfusion_pipeline.metrics import bootstrap_interval
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "small_checkpoint")]
-from evaluate_storyboards import format_boundaries, group_rows, make_storyboards, part, score_boundaries  # noqa: E402
-from evaluate_systems import claim_folder, digest_components, group_by_picture, make_clips  # noqa: E402
+from evaluate_storyboards import (  # noqa: E402
+    format_boundaries,
+    group_rows,
+    make_parts,
+    part,
+    score_boundaries,
+    share_work,
+)
+from evaluate_systems import claim_folder, digest_components, group_by_picture  # noqa: E402
 from judge import rank_correlation  # noqa: E402
 from measure_music import onset_rate  # noqa: E402
 
@@ -72,8 +79,8 @@ def make(arguments: argparse.Namespace, rows: list[dict]) -> None:
     settings = options | {"rows": rows, "weights": digest_components(pipe.components)}
     for system in SYSTEMS:
         claim_folder(arguments.output / system, settings)
-    make_storyboards(pipe, group_rows(rows, NUM_PICTURES), options, arguments.output / "storyboard")
-    make_clips(pipe, group_by_picture(["melfusion"], rows), None, options, arguments.output)
+    parts = share_work(group_by_picture(["melfusion"], rows), group_rows(rows, NUM_PICTURES))
+    make_parts(pipe, parts, None, options, arguments.output)
 
 
 def middle_onset_rate(path: Path) -> float:

@@ -25,9 +25,10 @@ from evaluate_storyboards import (
     check_storyboards,
     format_boundaries,
     group_rows,
-    make_storyboards,
+    make_parts,
     part,
     score_boundaries,
+    share_work,
 )
 from evaluate_systems import (
     SYSTEMS,
@@ -37,7 +38,6 @@ from evaluate_systems import (
     digest_components,
     find_clips,
     group_by_picture,
-    make_clips,
     name_and_path,
     replace_file,
     shuffle_pictures,
@@ -245,11 +245,9 @@ def generate(
     accelerator.wait_for_everyone()
     # Not the missing clips are shared out: processes that look at different times would not agree which those are.
     share = slice(accelerator.process_index, None, accelerator.num_processes)
-    of_rows = [system for system in systems if system != "storyboard"]
-    make_clips(pipe, group_by_picture(of_rows, rows)[share], captioner, options, arguments.output)
-    if "storyboard" in systems:
-        groups = group_rows(rows, arguments.storyboard_pictures)[share]
-        make_storyboards(pipe, groups, options, arguments.output / "storyboard")
+    clips = group_by_picture([system for system in systems if system != "storyboard"], rows)
+    storyboards = group_rows(rows, arguments.storyboard_pictures) if "storyboard" in systems else []
+    make_parts(pipe, share_work(clips, storyboards)[share], captioner, options, arguments.output)
     accelerator.wait_for_everyone()
 
 

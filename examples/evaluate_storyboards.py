@@ -4,18 +4,17 @@ The piece is cut where its pictures change. What is cut out is the clip of its r
 alone; the boundaries get figures of their own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import tqdm
 from evaluate_scores import format_interval
-from evaluate_systems import row_generator
+from evaluate_systems import ENCODING, make_clips, picture_encoder, row_generator
 
-from melfusion_pipeline import MelFusionPipeline
+from melfusion_pipeline import ImageFeatures, MelFusionPipeline
 from melfusion_pipeline.audio import Spectrogram, load_audio, log_mel_spectrogram, resample, save_audio
-from melfusion_pipeline.data import open_image
 from melfusion_pipeline.metrics import Interval, bootstrap_interval
 
 COLUMNS = {"contrast": "1: none", "rise, s": "lower", "centre, s": "near 0"}
@@ -56,28 +55,68 @@ def check_storyboards(groups: Sequence[Sequence]) -> None:
         raise ValueError(f"Boundaries are scored in at least 2 storyboards, but there are {count}: give more rows.")
 
 
+def share_work(
+    clips: dict[str, list[tuple[str, dict]]], storyboards: Sequence[Sequence[dict]]
+) -> list[tuple[list[tuple[str, dict]], Sequence[dict]]]:
+    """Parts what is to be made so that few pictures have to be kept encoded at a time.
+
+    Args:
+        clips: By picture, as `group_by_picture` gives them.
+        storyboards: As `group_rows` gives them.
+
+    Returns:
+        For each storyboard the clips of those of its pictures that no storyboard before it has, and its rows; then for
+        each further picture its clips, and no rows.
+    """
+    clips, parts = dict(clips), []
+    for rows in storyboards:
+        parts.append(([clip for row in rows for clip in clips.pop(row["image"], [])], rows))
+    return parts + [(of_picture, []) for of_picture in clips.values()]
+
+
 @torch.no_grad()
-def make_storyboards(pipe: MelFusionPipeline, groups: Sequence[Sequence[dict]], options: dict, folder: Path) -> None:
-    """Makes the clips `<folder>/<row>.flac` of storyboards of which one is not there yet, a piece for each of them."""
+def make_parts(
+    pipe: MelFusionPipeline,
+    parts: Sequence[tuple[list[tuple[str, dict]], Sequence[dict]]],
+    captioner: Callable | None,
+    options: dict,
+    output: Path,
+) -> None:
+    """Makes what is not there yet of parts of `share_work`: `<output>/<system>/<row>.flac`."""
     pipe.set_progress_bar_config(disable=True)
-    call, rate = dict(options["call"]), pipe.sampling_rate
+    encode = picture_encoder(pipe, options, kept=max((len(rows) for _, rows in parts), default=0) or 1)
+    for clips, rows in tqdm(parts, desc="Making clips", unit=" pictures or storyboards"):
+        make_clips(pipe, clips, captioner, options, output, encode)
+        if rows:
+            make_storyboard(pipe, rows, options, output / "storyboard", encode)
+
+
+def make_storyboard(
+    pipe: MelFusionPipeline,
+    rows: Sequence[dict],
+    options: dict,
+    folder: Path,
+    encode: Callable[[str], ImageFeatures],
+) -> None:
+    """Makes the clips `<folder>/<row>.flac` of a storyboard, one piece, unless all of them are there."""
+    call = {name: value for name, value in options["call"].items() if name not in ENCODING}
+    rate = pipe.sampling_rate
     num_samples = round(call.pop("audio_length_in_s") * rate)
-    for group in tqdm(groups, desc="Making storyboards", unit=" pieces"):
-        paths = [folder / f"{row['row']}.flac" for row in group]
-        if all(path.exists() for path in paths):
-            continue
-        piece = pipe(
-            [open_image(row["image"]) for row in group],
-            [row["caption"] for row in group],
-            image_start_in_s=[index * num_samples / rate for index in range(len(group))],
-            audio_length_in_s=len(group) * num_samples / rate,
-            generator=row_generator(options["seed"], group[0]["row"]),
-            output_type="pt",
-            **call,
-        ).audios[0]
-        # One gain for the whole piece: a step in the level at a cut would be ours.
-        for path, stretch in zip(paths, (piece / piece.abs().max().clamp(min=1)).split(num_samples), strict=True):
-            save_audio(path, stretch, rate)
+    paths = [folder / f"{row['row']}.flac" for row in rows]
+    if all(path.exists() for path in paths):
+        return
+    piece = pipe(
+        prompt=[row["caption"] for row in rows],
+        image_features=ImageFeatures.join([encode(row["image"]) for row in rows]),
+        image_start_in_s=[index * num_samples / rate for index in range(len(rows))],
+        audio_length_in_s=len(rows) * num_samples / rate,
+        generator=row_generator(options["seed"], rows[0]["row"]),
+        output_type="pt",
+        **call,
+    ).audios[0]
+    # One gain for the whole piece: a step in the level at a cut would be ours.
+    for path, stretch in zip(paths, (piece / piece.abs().max().clamp(min=1)).split(num_samples), strict=True):
+        save_audio(path, stretch, rate)
 
 
 def read_blocks(path: Path, seconds: float) -> np.ndarray:

@@ -172,10 +172,10 @@ def make_clip(
     return pipe(prompt=prompt, generator=generator, output_type="pt", **call).audios[0]
 
 
-def picture_encoder(pipe: MelFusionPipeline, options: dict) -> Callable[[str], ImageFeatures]:
-    """Gives a function that encodes a picture, unless it is the one that it encoded last."""
+def picture_encoder(pipe: MelFusionPipeline, options: dict, kept: int = 1) -> Callable[[str], ImageFeatures]:
+    """Gives a function that encodes a picture, unless it is one of the `kept` that it was asked for last."""
     encoding = {name: options["call"][name] for name in ENCODING if name in options["call"]}
-    return functools.lru_cache(maxsize=1)(lambda picture: pipe.encode_image(open_image(picture), **encoding))
+    return functools.lru_cache(maxsize=kept)(lambda picture: pipe.encode_image(open_image(picture), **encoding))
 
 
 def picture_column(system: str) -> str:
@@ -183,36 +183,33 @@ def picture_column(system: str) -> str:
     return "other_image" if system == "shuffled" else "image"
 
 
-def group_by_picture(systems: Sequence[str], rows: Sequence[dict]) -> list[list[tuple[str, dict]]]:
+def group_by_picture(systems: Sequence[str], rows: Sequence[dict]) -> dict[str, list[tuple[str, dict]]]:
     """Puts together the clips, system and row each, that are made of one picture, so that it is encoded once."""
     groups = {}
     for row in rows:
         for system in systems:
             groups.setdefault(row[picture_column(system)], []).append((system, row))
-    return list(groups.values())
+    return groups
 
 
-@torch.no_grad()
 def make_clips(
     pipe: MelFusionPipeline,
-    groups: Sequence[Sequence[tuple[str, dict]]],
+    clips: Sequence[tuple[str, dict]],
     captioner: Callable | None,
     options: dict,
     output: Path,
+    encode: Callable[[str], ImageFeatures],
 ) -> None:
-    """Makes the clips `<output>/<system>/<row>.flac` of `group_by_picture` that are not there yet."""
-    pipe.set_progress_bar_config(disable=True)
-    encode = picture_encoder(pipe, options)
-    for group in tqdm(groups, desc="Making clips", unit=" pictures"):
-        for system, row in group:
-            path = output / system / f"{row['row']}.flac"
-            if path.exists():
-                continue
-            try:
-                waveform = make_clip(pipe, system, row, captioner, options, encode)
-                save_audio(path, waveform, pipe.sampling_rate)
-            except ValueError as error:
-                raise ValueError(f"The system {system} failed at row {row['row']}: {error}") from error
+    """Makes those of the clips, system and row each, that are not there yet: `<output>/<system>/<row>.flac`."""
+    for system, row in clips:
+        path = output / system / f"{row['row']}.flac"
+        if path.exists():
+            continue
+        try:
+            waveform = make_clip(pipe, system, row, captioner, options, encode)
+            save_audio(path, waveform, pipe.sampling_rate)
+        except ValueError as error:
+            raise ValueError(f"The system {system} failed at row {row['row']}: {error}") from error
 
 
 def find_clips(folder: Path, rows: Sequence[dict]) -> list[Path]:

@@ -28,7 +28,15 @@ def scored(tmp_path_factory):
         soundfile.write(folder / f"{row}.wav", noise, RATE)
         lines.append(json.dumps({"image": f"{row}.png", "audio": f"{row}.wav", "caption": caption}))
     (folder / "set.jsonl").write_text("\n".join(lines))
-    return folder, run(folder)
+    encoded, encode = [], MelFusionPipeline._encode_images
+
+    def count(pipe, images, *arguments, **kwargs):
+        encoded.extend(image.tobytes() for image in images)
+        return encode(pipe, images, *arguments, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MelFusionPipeline, "_encode_images", count)
+        return folder, run(folder), encoded
 
 
 def run(folder, *arguments, systems=("melfusion", "storyboard"), pictures=("--storyboard_pictures", "2")):
@@ -42,8 +50,13 @@ def run(folder, *arguments, systems=("melfusion", "storyboard"), pictures=("--st
     return json.loads((folder / "output" / "results.json").read_text())
 
 
+def test_a_picture_is_encoded_once_for_its_clip_and_its_storyboard(scored):
+    encoded = scored[2]
+    assert len(encoded) == len(set(encoded)) == 5
+
+
 def test_stretches_of_one_piece_are_scored_like_clips_of_single_pictures(scored):
-    folder, results = scored
+    folder, results, _ = scored
     assert set(results["systems"]["storyboard"]["scores"]) == set(results["systems"]["melfusion"]["scores"])
     assert results["systems"]["storyboard"]["n"] == 5 and results["settings"]["storyboard_pictures"] == 2
     table = (folder / "output" / "results.md").read_text()
@@ -54,7 +67,7 @@ def test_stretches_of_one_piece_are_scored_like_clips_of_single_pictures(scored)
 
 
 def test_clips_of_a_storyboard_are_the_piece_cut_where_its_pictures_change(scored):
-    folder, _ = scored
+    folder = scored[0]
     pipe = MelFusionPipeline.from_pretrained(folder / "checkpoint")
     piece = pipe(
         [photograph(seed=2), photograph(seed=3)],
@@ -74,7 +87,7 @@ def test_clips_of_a_storyboard_are_the_piece_cut_where_its_pictures_change(score
 
 
 def test_a_storyboard_that_lacks_a_stretch_is_made_again_and_the_others_are_not(scored):
-    folder, results = scored
+    folder, results, _ = scored
     clips = sorted((folder / "output" / "storyboard").glob("*.flac"))
     times = [clip.stat().st_mtime_ns for clip in clips]
     clips[1].unlink()
