@@ -1,7 +1,8 @@
 """From a picture to its features: what runs on the picture's side, once for any number of calls."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import PIL.Image
@@ -24,17 +25,41 @@ logger = logging.get_logger(__name__)
 IMAGES_AT_ONCE = 8
 
 
+@contextmanager
+def upcast(image_vae: ModelMixin) -> Iterator[None]:
+    """Runs a VAE in float32 that is in float16 and whose config says `force_upcast`, as diffusers' pipelines do.
+
+    Such VAEs (SDXL's among them) exceed the range of float16: what they encode would be NaN. The weights are float16
+    again afterwards, the same to the bit.
+
+    Args:
+        image_vae: An `AutoencoderKL` or `AutoencoderTiny`.
+
+    Yields:
+        None.
+    """
+    if image_vae.dtype != torch.float16 or not image_vae.config.get("force_upcast"):
+        yield
+        return
+    image_vae.float()
+    try:
+        yield
+    finally:
+        image_vae.half()
+
+
 def encode_pixels(image_vae: ModelMixin, pixel_values: torch.Tensor) -> torch.Tensor:
     """Encodes prepared pictures: the mode of the VAE's posterior, or what a VAE without one gives.
 
     Args:
         image_vae: An `AutoencoderKL` or `AutoencoderTiny`.
-        pixel_values: `[pictures, 3, height, width]` in [-1, 1], in the dtype of the VAE.
+        pixel_values: `[pictures, 3, height, width]` in [-1, 1], on the device of the VAE.
 
     Returns:
         `z_0^I`, `[pictures, channels, height / 8, width / 8]` for Stable Diffusion, float32.
     """
-    encoded = image_vae.encode(pixel_values)
+    with upcast(image_vae):
+        encoded = image_vae.encode(pixel_values.to(image_vae.dtype))
     latents = encoded.latents if isinstance(image_vae, AutoencoderTiny) else encoded.latent_dist.mode()
     return latents.float() * image_vae.config.scaling_factor
 
@@ -136,8 +161,7 @@ class EncodingMixin:
     def _encode_pixels(self, images: list[PIL.Image.Image], image_size: int | None) -> torch.Tensor:
         image_size = image_size or self.default_image_size
         pixel_values = torch.stack([prepare_image(image, image_size) for image in images])
-        pixel_values = pixel_values.to(device=self._execution_device, dtype=self.image_vae.dtype)
-        return encode_pixels(self.image_vae, pixel_values)
+        return encode_pixels(self.image_vae, pixel_values.to(self._execution_device))
 
     @torch.no_grad()
     @one_at_a_time

@@ -502,8 +502,7 @@ class MelFusionObjective(nn.Module):
         if self.trajectories is not None:
             latents, timesteps = self.trajectories.read(batch["image_files"], draw.timesteps)
             return latents.to(device), timesteps.to(device)
-        pixel_values = batch["pixel_values"].to(device, self.pipe.image_vae.dtype)
-        latents = encode_pixels(self.pipe.image_vae, pixel_values)
+        latents = encode_pixels(self.pipe.image_vae, batch["pixel_values"].to(device))
         noise = randn_tensor(latents.shape, draw.generators, device)
         scheduler = DDIMScheduler.from_config(self.pipe.image_scheduler.config)
         timesteps = draw.timesteps.to(device)

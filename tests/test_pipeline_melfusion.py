@@ -482,6 +482,23 @@ def test_components_may_differ_in_dtype(components, image, half):
     assert np.isfinite(run(pipe, image, PROMPTS[0])).all()
 
 
+def test_an_image_vae_that_exceeds_half_precision_runs_in_float32_where_its_config_says_so(components, image):
+    with torch.no_grad():
+        components["image_vae"].encoder.conv_in.weight.mul_(1e5)
+    pipe = MelFusionPipeline(**components)
+    expected = pipe.prepare_image_latents(image)
+    pipe.image_vae.to(torch.float16)
+    weights = [parameter.clone() for parameter in pipe.image_vae.parameters()]
+    found = pipe.prepare_image_latents(image)
+    # The weights are rounded to float16, what is computed with them is not.
+    assert (found - expected).abs().max() < 0.01 * expected.abs().max()
+    for before, after in zip(weights, pipe.image_vae.parameters(), strict=True):
+        assert after.dtype == torch.float16 and torch.equal(before, after)
+    pipe.image_vae.register_to_config(force_upcast=False)
+    with pytest.raises(FloatingPointError, match="inversion of the picture"):
+        pipe.encode_image(image)
+
+
 def test_model_and_group_offload_give_the_same_result(pipe, image):
     expected = run(pipe, image, PROMPTS[0])
     pipe.enable_model_cpu_offload(device="cpu")
@@ -495,6 +512,8 @@ def test_sequential_offload_finds_every_weight_where_it_is_used(pipe, image):
     """accelerate keeps weights on the meta device outside of their module's forward: reading one elsewhere fails."""
     from accelerate import cpu_offload
 
+    # Cast to float32 and back by its `force_upcast`.
+    pipe.image_vae.to(torch.float16)
     expected = run(pipe, image, PROMPTS[0])
     for name in ("text_encoder", "image_text_encoder", "image_vae", "image_unet", "synapse", "unet", "vae", "vocoder"):
         component = getattr(pipe, name)
