@@ -486,18 +486,19 @@ def check_branches(prompt_embeds: torch.Tensor, num_waveforms: int, num_branches
         )
 
 
-def warn_if_trained_otherwise(synapse: Any, image_features: ImageFeatures) -> None:
+def warn_if_trained_otherwise(synapse: Any, image_features: ImageFeatures, num_inversion_steps: int) -> None:
     """Warns of features that were recorded otherwise than those with which a synapse was trained.
 
     Args:
         synapse: The `VisualSynapse`; one that does not tell how it was trained is not compared.
         image_features: The features that it is to fit.
+        num_inversion_steps: Of which they are all, or those that the call reads.
     """
     config = synapse.config
     if config.image_latents is None:
         return
     trained = {"image_size": config.image_size, "num_inversion_steps": config.num_inversion_steps}
-    given = {"image_size": image_features.image_size, "num_inversion_steps": len(image_features.timesteps)}
+    given = {"image_size": image_features.image_size, "num_inversion_steps": num_inversion_steps}
     for name, value in trained.items():
         if value is not None and given[name] is not None and given[name] != value:
             logger.warning(f"The synapse was trained with `{name}={value}`, this call uses {given[name]}.")

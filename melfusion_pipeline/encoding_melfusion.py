@@ -126,6 +126,7 @@ class EncodingMixin:
         image_size: int | None,
         num_inversion_steps: int,
         feature_source: str,
+        read_at: torch.Tensor | None = None,
     ) -> ImageFeatures:
         prompt_embeds = self.encode_image_prompt(image_prompt, len(images))
         parts = [
@@ -138,6 +139,7 @@ class EncodingMixin:
                 num_inversion_steps,
                 feature_source,
                 self.progress_bar,
+                read_at,
             )
             for first in range(0, len(images), IMAGES_AT_ONCE)
         ]

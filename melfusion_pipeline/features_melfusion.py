@@ -106,7 +106,7 @@ class ImageFeatures:
             raise TypeError(f"`timesteps` must be a tensor of numbers, got {timesteps!r:.80}.")
         if timesteps.ndim != 1 or not timesteps.isfinite().all():
             raise ValueError(f"`timesteps` must be finite, [N], got {timesteps!r:.80}.")
-        return (self.timesteps.cpu().double() - timesteps.cpu().double()[:, None]).abs().argmin(dim=1)
+        return nearest_steps(self.timesteps, timesteps)
 
     def at_step(self, step: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Gives each layer's `(key, value)`, `[pictures, tokens, channels]`, of the recorded step number `step`.
@@ -202,6 +202,19 @@ class ImageFeatures:
             )
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no complete file of `ImageFeatures`: {error}") from error
+
+
+def nearest_steps(recorded: torch.Tensor, timesteps: torch.Tensor) -> torch.LongTensor:
+    """Finds the number of the recorded timestep nearest to each timestep; of two that are as near, the first one.
+
+    Args:
+        recorded: `[steps]`.
+        timesteps: `[N]`, on any device.
+
+    Returns:
+        `[N]`, on the CPU.
+    """
+    return (recorded.cpu().double() - timesteps.cpu().double()[:, None]).abs().argmin(dim=1)
 
 
 def _as_path(path: Any) -> Path:

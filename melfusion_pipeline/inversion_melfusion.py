@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, ModelMixin, SchedulerMixin
 from diffusers.utils.logging import tqdm
 
 from .attention_melfusion import KVRecorders, use_attn_processors
-from .features_melfusion import ImageFeatures
+from .features_melfusion import ImageFeatures, nearest_steps
 
 # What a UNet takes in one batch where a picture is noised for all its timesteps at once.
 ROWS_AT_ONCE = 16
@@ -136,6 +136,7 @@ def record_image_features(
     num_inversion_steps: int,
     feature_source: str = "inversion",
     progress_bar: Callable[..., Any] = tqdm,
+    read_at: torch.Tensor | None = None,
 ) -> ImageFeatures:
     """Inverts picture latents and records the keys and values of `layers` (MeLFusion, arXiv 2406.04673, section 3).
 
@@ -151,37 +152,41 @@ def record_image_features(
             `"noising"` adds noise to `z_0^I` for each of `t_0 ... t_{N-1}` and records them together (N rows of one
             pass, as the authors' code trains). The noise is the same in every call and for every picture.
         progress_bar: A callable like `DiffusionPipeline.progress_bar`.
+        read_at: The timesteps at which the features will be read, `[reads]`. Steps that are nearest to none of them
+            are not kept, nor made where no kept one needs them. None keeps all.
 
     Returns:
-        The features, `N` steps in the UNet's dtype.
+        The features in the UNet's dtype, `N` steps or those that are kept.
     """
-    if feature_source == "noising":
-        rows = (image_unet, scheduler, latents, prompt_embeds, layers, num_inversion_steps)
-        return _record_noised(*rows, progress_bar)
     levels = inversion_grid(scheduler, num_inversion_steps)
+    recorded_levels = levels[:0:-1] if feature_source == "reconstruction" else levels[:-1]
+    timesteps = torch.tensor([level.timestep for level in recorded_levels])
+    kept = range(num_inversion_steps) if read_at is None else nearest_steps(timesteps, read_at).unique().tolist()
+    timesteps = timesteps[list(kept)]
+    if feature_source == "noising":
+        return _record_noised(image_unet, scheduler, latents, prompt_embeds, layers, timesteps, progress_bar)
     prediction_type = scheduler.config.prediction_type
-    passes = num_inversion_steps * (1 if feature_source == "inversion" else 2)
+    passes_before = num_inversion_steps if feature_source == "reconstruction" else 0
     recorders = KVRecorders(image_unet, dict.fromkeys(layers))
     keys, values = {}, {}
-    with progress_bar(total=passes) as bar:
+    with progress_bar(total=passes_before + kept[-1] + 1) as bar:
         if feature_source == "reconstruction":
             for _, latents in ddim_walk(image_unet, latents, prompt_embeds, levels, prediction_type):
                 bar.update()
             levels = levels[::-1]
+        levels = levels[: kept[-1] + 2]
         with use_attn_processors(image_unet, recorders):
             for step, _ in enumerate(ddim_walk(image_unet, latents, prompt_embeds, levels, prediction_type)):
-                for layer, (key, value) in recorders.collect().items():
-                    if step == 0:
-                        keys[layer] = key.new_empty(num_inversion_steps, *key.shape)
-                        values[layer] = value.new_empty(num_inversion_steps, *value.shape)
-                    keys[layer][step], values[layer][step] = key, value
+                recorded = recorders.collect()
                 bar.update()
-    return ImageFeatures(
-        keys=keys,
-        values=values,
-        timesteps=torch.tensor([level.timestep for level in levels[:-1]]),
-        feature_source=feature_source,
-    )
+                if step not in kept:
+                    continue
+                for layer, (key, value) in recorded.items():
+                    if step == kept[0]:
+                        keys[layer] = key.new_empty(len(kept), *key.shape)
+                        values[layer] = value.new_empty(len(kept), *value.shape)
+                    keys[layer][kept.index(step)], values[layer][kept.index(step)] = key, value
+    return ImageFeatures(keys=keys, values=values, timesteps=timesteps, feature_source=feature_source)
 
 
 def _record_noised(
@@ -190,10 +195,10 @@ def _record_noised(
     latents: torch.Tensor,
     prompt_embeds: torch.Tensor,
     layers: list[str],
-    num_steps: int,
+    timesteps: torch.Tensor,
     progress_bar: Callable[..., Any],
 ) -> ImageFeatures:
-    timesteps = torch.tensor([level.timestep for level in inversion_grid(scheduler, num_steps)[:-1]])
+    num_steps = len(timesteps)
     noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)
     # A row for each timestep and picture.
     row_timesteps = timesteps.repeat_interleave(len(latents)).to(latents.device)

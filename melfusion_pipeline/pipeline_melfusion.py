@@ -596,15 +596,20 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
         )
         prompts = self.guidance.join(prompts, negative_prompts)
 
-        # 3. Encode the picture: invert, record
-        if images is not None:
-            image_features = self._encode_images(images, image_prompt, image_size, num_inversion_steps, feature_source)
-
-        # 4. Prepare timesteps and latents
+        # 3. Prepare timesteps
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         strength = 1.0 if strength is None else strength
         timesteps = timesteps_from(self.scheduler, num_inference_steps, strength)
         self._num_timesteps = len(timesteps)
+
+        # 4. Encode the picture: invert, record what these timesteps read
+        if images is not None:
+            arguments = (image_prompt, image_size, num_inversion_steps, feature_source)
+            image_features = self._encode_images(images, *arguments, read_at=timesteps)
+        elif image_features is not None:
+            num_inversion_steps = len(image_features.timesteps)
+
+        # 5. Prepare latents
         latents = self.prepare_latents(batch_size, audio_length_in_s, self.unet.dtype, device, generator, latents)
         step_parameters = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"eta": eta, "generator": generator}
@@ -618,7 +623,7 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             given_latents = self._prepare_given(given_audio, latents, anew, window_length_in_s)
             latents = given_latents.begin(latents, self.scheduler, timesteps[:1], strength)
 
-        # 5. Lay out the windows
+        # 6. Lay out the windows
         windows = self._lay_out_windows(latents.shape[-2], window_length_in_s, window_overlap, image_start_in_s)
         if window_batch_size is None:
             rows = ROWS_ON_CPU if device.type == "cpu" else ROWS_ON_ACCELERATOR
@@ -627,16 +632,16 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
         if given_audio is not None:
             groups = [group for group in groups if windows.cut(anew[:, None], group).any()]
 
-        # 6. Look up which of the picture's recorded keys and values each step blends; these are fitted to a window
+        # 7. Look up which of the picture's recorded keys and values each step blends; these are fitted to a window
         blenders, alphas, steps = KVBlenders([]), latents.new_empty(0, 3), None
         if image_features is not None:
-            warn_if_trained_otherwise(self.synapse, image_features)
+            warn_if_trained_otherwise(self.synapse, image_features, num_inversion_steps)
             window = windows.cut(latents, [0])[0]
             steps = image_features.nearest(timesteps).tolist()
             fit = self._fit_when_due(image_features, window, synapse_scale, prompts)
             blenders, alphas = KVBlenders(self.synapse.config.music_layers), branch_alphas(fit(steps[0])[1])
 
-        # 7. Denoise
+        # 8. Denoise
         predictor = NoisePredictor(
             self.unet,
             self.prompts,
@@ -667,7 +672,7 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
                         callback_on_step_end, names, i, t, latents, prompts, negative_prompts
                     )
 
-        # 8. Decode
+        # 9. Decode
         made = self._decode(latents, output_type, audio_length_in_s, window_length_in_s).float().cpu()
         if given_audio is not None and output_type in ("np", "pt"):
             made = given_audio.join(made)

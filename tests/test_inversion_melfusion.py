@@ -243,6 +243,32 @@ def test_recordings_survive_a_unet_that_overwrites_its_outputs():
         assert not torch.equal(expected.keys[layer][0], expected.keys[layer][1])
 
 
+@pytest.mark.parametrize(
+    ("feature_source", "read_at", "kept", "rows"),
+    [
+        ("inversion", [260.0, 30.0, 240.0], [0, 2], 3),
+        ("inversion", [990.0], [7], 8),
+        ("reconstruction", [870.0, 900.0], [1], 8 + 2),
+        ("noising", [260.0, 30.0, 240.0], [0, 2], 2),
+    ],
+)
+def test_only_steps_that_are_read_are_kept_and_only_what_these_need_is_made(feature_source, read_at, kept, rows):
+    torch.manual_seed(0)
+    unet, made = picture_unet().eval(), []
+    layers = [name for name, _, _ in decoder_layers(unet, "attn1")]
+    arguments = (unet, image_scheduler(), torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24), layers, 8, feature_source)
+    with torch.no_grad():
+        whole = record_image_features(*arguments)
+        unet.register_forward_pre_hook(lambda _, args: made.append(len(args[0])))
+        part = record_image_features(*arguments, read_at=torch.tensor(read_at))
+    assert sum(made) == rows and torch.equal(part.timesteps, whole.timesteps[kept])
+    read = whole.nearest(torch.tensor(read_at)).tolist()
+    for found, step in zip(part.nearest(torch.tensor(read_at)).tolist(), read, strict=True):
+        for layer, pair in whole.at_step(step).items():
+            for states, expected in zip(part.at_step(found)[layer], pair, strict=True):
+                assert_near(states, expected, steps=0 if feature_source != "noising" else 1000)
+
+
 # -------------------------------------------------------------------------------------------------- features
 
 

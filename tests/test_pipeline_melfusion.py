@@ -422,6 +422,8 @@ def test_a_call_unlike_the_training_warns(pipe, image, caplog):
     pipe.synapse.register_to_config(image_latents="inversion", num_inversion_steps=2, image_size=32)
     diffusers.utils.logging.enable_propagation()
     run(pipe, image, PROMPTS[0])
+    # Of the two steps of this one, one is read.
+    run(pipe, image, PROMPTS[0], num_inference_steps=1)
     assert not caplog.text
     run(pipe, image, PROMPTS[0], num_inversion_steps=3, image_size=48)
     diffusers.utils.logging.disable_propagation()
@@ -719,6 +721,17 @@ def test_each_recorded_step_that_is_read_is_fitted_once_when_it_is_due(pipe, ima
         run(pipe, None, PROMPTS[0], image_features=features, num_inference_steps=num_inference_steps)
         steps = features.nearest(pipe.scheduler.timesteps)
         assert fitted == [1] * len(steps.unique())
+
+
+def test_a_variation_inverts_the_picture_no_further_than_it_reads(pipe, image):
+    passes = []
+    features = pipe.encode_image(image, num_inversion_steps=8)
+    pipe.image_unet.register_forward_pre_hook(lambda *_: passes.append(1))
+    audio = np.random.default_rng(0).uniform(-0.5, 0.5, round(0.32 * pipe.sampling_rate))
+    call = {"audio": audio, "audio_sampling_rate": pipe.sampling_rate, "strength": 0.5, "num_inference_steps": 4}
+    made = run(pipe, image, PROMPTS[0], num_inversion_steps=8, **call)
+    assert len(passes) == features.nearest(pipe.scheduler.timesteps[2:]).max() + 1 == 3
+    assert np.array_equal(made, run(pipe, None, PROMPTS[0], image_features=features, **call))
 
 
 def test_features_are_looked_through_once(pipe, image):
