@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffusers.optimization import SchedulerType
 from model_card import is_repo_id
+from train_checkpoints import POSITION, is_checkpoint
 
 from melfusion_pipeline.adapters_melfusion import ATTENTION
 from melfusion_pipeline.data import COLUMNS
@@ -61,7 +62,7 @@ def add_data_arguments(group) -> None:
     group.add_argument("--trajectory_cache", help="folder (default: trajectories in --output_dir)")
     group.add_argument("--music_latents_cache", help="folder for encoded clips, if none is longer than trained on")
     group.add_argument("--random_image_crops", action="store_true", help="only with --image_latents noising")
-    group.add_argument("--dataloader_num_workers", type=int, help="default: a core each, 8 at most; one stays free")
+    group.add_argument("--dataloader_num_workers", type=int, help="a core each at most (default: one stays free, 8)")
 
 
 def add_training_arguments(group) -> None:
@@ -139,8 +140,11 @@ def find_problems(args: argparse.Namespace) -> Iterator[str]:
         path = getattr(args, name)
         if path is not None and not Path(path).is_file():
             yield f"--{name} {path} does not exist"
-    if args.resume_from_checkpoint not in (None, "latest") and not Path(args.resume_from_checkpoint).is_dir():
-        yield f"--resume_from_checkpoint {args.resume_from_checkpoint} is neither a folder nor 'latest'"
+    if args.resume_from_checkpoint not in (None, "latest") and not is_checkpoint(Path(args.resume_from_checkpoint)):
+        yield (
+            f"--resume_from_checkpoint {args.resume_from_checkpoint} holds no {POSITION}, so it is no checkpoint of"
+            " this script: give one of the folders checkpoint-... in --output_dir, or 'latest'"
+        )
     for name in (
         "train_batch_size gradient_accumulation_steps max_train_steps num_inversion_steps checkpointing_steps"
         " validation_steps shuffle_buffer_size audio_length_in_s learning_rate synapse_learning_rate max_grad_norm"

@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from train_state import State, whole
 
 ARGUMENTS = "arguments.json"
+# accelerate's name of what `register_for_checkpointing` was given second. No other script's checkpoint has it.
+POSITION = "custom_checkpoint_1.pkl"
 UNTOLD = {"output_dir", "resume_from_checkpoint"}
 # A checkpoint has other weights and averages than these describe, if they change.
 FIXED = ("train", "use_ema", "rank", "lora_alpha", "lora_targets")
@@ -40,10 +42,15 @@ def laid_out_as(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
 
 
+def is_checkpoint(folder: Path) -> bool:
+    return (folder / POSITION).is_file()
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Lists complete checkpoints, oldest first; a copy with a name of its own, such as `checkpoint-best`, is none."""
     steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*")}
-    return sorted((path for path in steps if steps[path]), key=lambda path: int(steps[path][1]))
+    found = (path for path, match in steps.items() if match and is_checkpoint(path))
+    return sorted(found, key=lambda path: int(steps[path][1]))
 
 
 def save_checkpoint(state: State) -> None:
@@ -83,7 +90,7 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path 
     chosen = [Path(source) if source != "latest" else next(reversed(list_checkpoints(args.output_dir)), None)]
     broadcast_object_list(chosen)
     (checkpoint,) = chosen
-    found = checkpoint is None or checkpoint.is_dir()
+    found = checkpoint is None or is_checkpoint(checkpoint)
     place = f"process {accelerator.process_index} on {socket.gethostname()}"
     lacking = gather_object([] if found else [place])
     if lacking:

@@ -85,14 +85,15 @@ def mean_loss(state: State, samples: list[dict], synapse_scale: float = 1.0) -> 
 def compare_pictures(losses: torch.Tensor) -> tuple[dict[str, float], str]:
     """Says what the picture does for the loss, of `validation_losses`: figures to log, and a table.
 
-    The interval of a difference is 1.96 standard errors over the rows.
+    The interval of a difference is 1.96 standard errors over the rows; one row has none.
     """
     figures, lines = {}, [f"{'picture':>14}      loss   above its own (95%)"]
     for column, (name, tag) in enumerate(COMPARED.items()):
         above = losses[:, column] - losses[:, 0]
-        error = 1.96 * above.std().item() / len(losses) ** 0.5
         figures[f"validation_loss{tag}"] = losses[:, column].mean().item()
-        text = f"   {above.mean():+.5f} +- {error:.5f}" if column else ""
+        text = f"   {above.mean():+.5f}" if column else ""
+        if column and len(losses) > 1:
+            text += f" +- {1.96 * above.std().item() / len(losses) ** 0.5:.5f}"
         lines.append(f"{name:>14}   {losses[:, column].mean():.5f}{text}")
     return figures, "\n".join(lines)
 

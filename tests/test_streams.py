@@ -103,6 +103,8 @@ def test_processes_and_workers_read_only_their_own_shards(rows):
     assert not set().union(*lanes[::2]) & set().union(*lanes[1::2])
 
 
+# Of more workers than there are cores torch warns; here they are to be several, not fast.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(
     "stop, num_workers", [(1, (0, 0)), (29, (0, 0)), (30, (0, 0)), (31, (0, 0)), (47, (2, 0)), (7, (0, 3))]
 )

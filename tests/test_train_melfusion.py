@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -207,7 +208,8 @@ WRONG = {
     "NaN rate": ({"learning_rate": "nan"}, "--learning_rate must be above 0"),
     "split": ({"validation_split": "test"}, "--validation_split needs --validation_data"),
     "dropout": ({"text_dropout": 1.5}, r"--text_dropout must lie in \[0, 1\]"),
-    "resume": ({"resume_from_checkpoint": "nowhere"}, "neither a folder nor 'latest'"),
+    "resume": ({"resume_from_checkpoint": "nowhere"}, "nowhere holds no custom_checkpoint_1.pkl"),
+    "resume from another folder": ({"resume_from_checkpoint": "/"}, "/ holds no .* is no checkpoint of this script"),
     "train": ({"train": "vae"}, "invalid choice"),
     "scheduler": ({"lr_scheduler": "piecewise_constant"}, "invalid choice: 'piecewise_constant'"),
     "workers": ({"dataloader_num_workers": -1}, "--dataloader_num_workers must be 0 or above"),
@@ -283,11 +285,12 @@ def test_a_set_is_checked_once_until_it_changes(workspace, tmp_path, capsys):
 
 
 def test_a_folder_with_a_name_of_its_own_is_no_checkpoint(workspace, tmp_path):
-    for name in ("checkpoint-best", "checkpoint-10-copy"):
+    """Nor is one that this script did not write."""
+    for name in ("checkpoint-best", "checkpoint-10-copy", "checkpoint-7"):
         (tmp_path / name).mkdir()
     assert len(train(workspace, tmp_path, max_train_steps=2, resume_from_checkpoint="latest")) == 2
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
-    assert len(list(tmp_path.glob("checkpoint-*"))) == 3
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 4
 
 
 def test_a_piece_of_validation_that_fails_ends_no_training(workspace, tmp_path, capsys):
@@ -421,6 +424,18 @@ def test_validation_shows_what_the_picture_does(workspace, tmp_path, capsys):
     assert list(figures) == ["validation_loss", "validation_loss/another_picture", "validation_loss/no_picture"]
     assert list(figures.values()) == pytest.approx([1.5, 2.1, 3.5])
     assert "another row's   2.10000   +0.60000 +- 0.19600" in table and "none   3.50000   +2.00000 +- 0.00000" in table
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compare_pictures(torch.tensor([[1.0, 1.5, 3.0]]))[1].endswith("none   3.00000   +2.00000")
+
+
+def test_no_more_workers_load_than_there_are_cores(workspace, tmp_path, capsys):
+    """torch warns of them at every start."""
+    given = arguments(workspace, tmp_path, dataloader_num_workers=1000)
+    reset_accelerate()
+    loading = train_data.loading(train_arguments.parse_arguments("", given), Accelerator(cpu=True))
+    assert 1 <= loading["num_workers"] <= os.cpu_count()
+    assert "--dataloader_num_workers 1000: there are" in capsys.readouterr().out
 
 
 def test_the_memory_of_weights_is_counted_before_the_first_step(workspace, tmp_path, capsys):

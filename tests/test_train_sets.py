@@ -1,10 +1,12 @@
 """`examples/train_melfusion.py` on the same triplets in every form: the same losses, streamed or not."""
 
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import datasets
 import pytest
+import train_data
 import train_melfusion
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import assert_near
@@ -14,6 +16,7 @@ from triplet_forms import FORMS, write_forms
 from untrained import untrained_components
 
 from melfusion_pipeline import MelFusionPipeline
+from melfusion_pipeline.data import load_set, set_root
 
 STEPS = 10
 
@@ -127,6 +130,20 @@ def test_a_set_is_checked_as_files_are(workspace, forms, tmp_path, capsys):
             state._reset_state()
         train_melfusion.main(texts_of(workspace, tmp_path, **flags_of(forms["parquet"], check_data=True, **streaming)))
         assert "parquet: no problems" in capsys.readouterr().out
+
+
+def test_what_lies_in_a_set_is_not_read_again_to_see_whether_it_changed(forms, tmp_path):
+    digests, size = [], 4_000_000
+    for content in (b"1", b"2"):
+        row = {"image": {"bytes": content * size, "path": "a.png"}, "audio": {"bytes": b"-", "path": None}}
+        (tmp_path / "set").mkdir(exist_ok=True)
+        datasets.Dataset.from_list([row | {"caption": "x"}]).to_parquet(tmp_path / "set" / "train.parquet")
+        rows = load_set(str(tmp_path / "set"))
+        tracemalloc.start()
+        digests += [train_data.digest_rows(rows, set_root(str(tmp_path / "set"))) for _ in range(2)]
+        assert tracemalloc.get_traced_memory()[1] < size
+        tracemalloc.stop()
+    assert digests[0] == digests[1] != digests[2] == digests[3]
 
 
 @pytest.mark.slow
