@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]
 
-from untrained import untrained_components  # noqa: E402
+from copies import untrained_components  # noqa: E402
 
 from melfusion_pipeline import ImageFeatures, MelFusionPipeline  # noqa: E402
 from melfusion_pipeline.audio import load_audio, save_audio  # noqa: E402

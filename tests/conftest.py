@@ -6,6 +6,7 @@ import, and are imported where they are needed.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import shutil
@@ -57,6 +58,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported_objects_stay() -> None:
+    """Spares the collector, and processes copied from this one, half a million objects of the libraries imported."""
+    gc.collect()
+    gc.freeze()
+
+
 def rounding_error(expected, steps: int = 1000) -> float:
     """How far apart two computations of `expected` may come out: so many steps of its dtype at its largest value.
 
@@ -79,7 +87,7 @@ def assert_near(actual, expected, steps: int = 1000) -> None:
 
 @pytest.fixture
 def components() -> dict:
-    from untrained import untrained_components
+    from copies import untrained_components
 
     return untrained_components()
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import generator, photograph
+from copies import untrained_components
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict
 from processes import forget_the_package, start
 from safetensors.torch import load_file, save_file
-from untrained import FAMILIES, music_unet, untrained_components
+from untrained import FAMILIES, music_unet
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.adapters_melfusion import ATTENTION, add_lora, lora_layers

@@ -5,10 +5,11 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from conftest import assert_near, audioldm2_oracle, generator, photograph
+from copies import untrained_components
 from diffusers.callbacks import SDCFGCutoffCallback
 from test_blending import random_features, textbook, trained_synapse
 from transformers import ClapModel, ClapTextModelWithProjection
-from untrained import audioldm2_unet, text_unet, untrained_components
+from untrained import audioldm2_unet, text_unet
 
 from melfusion_pipeline import MelFusionPipeline, blend_image
 from melfusion_pipeline.families_melfusion import AudioLDM2Prompts

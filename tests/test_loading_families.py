@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_near, photograph
+from copies import untrained_components
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from safetensors.torch import load_file
 from test_loading_melfusion import (
@@ -20,7 +21,7 @@ from test_loading_melfusion import (
     warnings_logged,  # noqa: F401 - a fixture
 )
 from transformers import ClapTextModelWithProjection, GPT2LMHeadModel, GPT2Model
-from untrained import music_unet, untrained_components
+from untrained import music_unet
 
 from melfusion_pipeline import MelFusionPipeline, VisualSynapse
 from melfusion_pipeline.families_melfusion import AudioLDM2Prompts

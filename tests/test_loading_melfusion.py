@@ -17,13 +17,14 @@ import pytest
 import torch
 from bad_inputs import Trap
 from conftest import assert_near, generator, photograph
+from copies import untrained_components
 from diffusers import AutoencoderTiny, DiffusionPipeline, EulerDiscreteScheduler, PNDMScheduler
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from peft import LoraConfig
 from processes import forget_the_package, start
 from safetensors.torch import load_file, save_file
 from transformers import ClapConfig, ClapModel
-from untrained import picture_unet, untrained_components
+from untrained import picture_unet
 
 from melfusion_pipeline import MelFusionPipeline, VisualSynapse
 from melfusion_pipeline.pictures_melfusion import prepare_image

@@ -6,7 +6,7 @@ import PIL.Image
 import pytest
 import torch
 from conftest import assert_near, generator, photograph, rounding_error
-from untrained import untrained_components
+from copies import untrained_components
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.plotting import (

@@ -13,9 +13,9 @@ import soundfile
 import torch
 import yaml
 from conftest import assert_near, generator, photograph, rounding_error
+from copies import untrained_components
 from huggingface_hub import ModelCard
 from processes import forget_the_package, start
-from untrained import untrained_components
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.adapters_melfusion import add_lora, lora_layers, lora_of_unet

@@ -6,10 +6,11 @@ import pytest
 import soundfile
 import torch
 from conftest import assert_near, generator, photograph
+from copies import untrained_components
 from evaluate_systems import reconstruct
 from test_audio import polyphonic_music
 from test_training import make_batch, make_objective
-from untrained import autoencoder, components_at_48_khz, untrained_components
+from untrained import autoencoder, components_at_48_khz
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import (

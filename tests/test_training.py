@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed
 from conftest import assert_near, photograph
+from copies import untrained_components
 from diffusers import AutoencoderTiny
 from processes import start_anew
 from torch.nn.parallel import DistributedDataParallel
-from untrained import untrained_components
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.adapters_melfusion import add_lora

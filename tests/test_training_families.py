@@ -3,9 +3,9 @@
 import pytest
 import torch
 from conftest import assert_near
+from copies import untrained_components
 from test_train_melfusion import play, train, workspace  # noqa: F401 - a fixture
 from test_training import make_batch, make_objective, rows
-from untrained import untrained_components
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.training import PromptCache, enable_gradient_checkpointing
