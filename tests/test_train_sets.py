@@ -1,6 +1,7 @@
 """`examples/train_melfusion.py` on the same triplets in every form: the same losses, streamed or not."""
 
 import shutil
+import signal
 import tracemalloc
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import train_data
 import train_melfusion
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import assert_near
+from processes import prints, start
 from test_train_melfusion import arguments, losses, train
 from test_train_processes import on_two_processes
+from train_checkpoints import list_checkpoints
 from triplet_forms import FORMS, write_forms
 from untrained import untrained_components
 
@@ -59,12 +62,17 @@ def test_a_set_is_trained_on_as_its_files_streamed_and_not(workspace, forms, exp
     assert "| training data | " in (tmp_path / "stream" / "README.md").read_text()
 
 
-def test_a_stream_that_was_left_in_mid_epoch_is_gone_on_with(workspace, forms, expected, tmp_path):
-    flags = flags_of(forms["webdataset"], streaming=True, checkpointing_steps=4)
-    train(workspace, tmp_path, **flags | {"max_train_steps": 4})
+def test_a_stream_whose_training_was_killed_in_mid_epoch_is_gone_on_with(workspace, forms, expected, tmp_path):
+    """By SIGKILL, after the checkpoint of step 4 of six in an epoch; the losses are those of a run without an end."""
+    flags, output = flags_of(forms["webdataset"], streaming=True, checkpointing_steps=4), tmp_path / "out"
+    process = start(lambda: train(workspace, output, **flags), tmp_path / "printed")
+    assert prints(process, output / "losses.jsonl", 5)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and list_checkpoints(output)
     # Two workers prepare batches ahead of the checkpoint, which must not be missing afterwards.
     more = {"resume_from_checkpoint": "latest", "dataloader_num_workers": 2}
-    assert_near(train(workspace, tmp_path, **flags | more), expected, steps=10)
+    assert_near(train(workspace, output, **flags | more), expected, steps=10)
 
 
 def test_a_split_of_the_set_is_validated_on(workspace, forms, tmp_path, capsys):
