@@ -18,7 +18,9 @@ from subprocess import CompletedProcess
 
 import numpy as np
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,3 +125,10 @@ def run_script(script: str | Path, *arguments, folder: Path, **kwargs) -> Comple
     process = start_script(script, *arguments, output=output, errors=errors, **kwargs)
     process.join()
     return CompletedProcess([script, *arguments], process.exitcode, output.read_text(), errors.read_text())
+
+
+def run_launched(*arguments, folder: Path) -> CompletedProcess:
+    """Runs `accelerate launch arguments` as accelerate does on one device: it sets variables for a script."""
+    parsed, *_ = _validate_launch_command(launch_command_parser().parse_args([*map(str, arguments)]))
+    (_, script, *flags), environment = prepare_simple_launcher_cmd_env(parsed)
+    return run_script(script, *flags, folder=folder, **environment)

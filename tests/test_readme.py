@@ -26,7 +26,7 @@ from extractor_checkpoints import save_ast, save_clap, save_clip
 from films import clicks, write_film
 from full_size import build_components
 from hub_standin import HubStandIn
-from processes import run_script
+from processes import run_launched, run_script
 from safetensors.torch import load_file
 from transformers import ClapFeatureExtractor, CLIPImageProcessor
 from untrained import (
@@ -98,7 +98,8 @@ def as_run(command: str) -> str:
 
     `pip install` builds the metadata, but neither installs nor downloads (that its extras exist is tested below);
     `make` prints what it would run, since CI runs the targets; our scripts are given flags that make them shorter, and
-    `python script` runs in a copy of this process (`processes.py`), which has imported the libraries already.
+    `python script` runs in a copy of this process (`processes.py`), which has imported the libraries already, and so
+    does the script that `accelerate launch` starts, with the variables that accelerate sets for it.
     """
     if command.startswith("pip install "):
         quick = f"{sys.executable} -m pip install --dry-run --no-deps --no-index --no-build-isolation "
@@ -237,6 +238,8 @@ def run_bash(block: Block, folder: Path) -> None:
         command = as_run(command)
         if command.startswith("python "):
             result = run_script(*shlex.split(command)[1:], folder=folder)
+        elif command.startswith("accelerate launch "):
+            result = run_launched(*shlex.split(command)[2:], folder=folder)
         else:
             result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
         assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
