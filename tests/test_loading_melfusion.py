@@ -5,9 +5,8 @@ import json
 import os
 import pickle
 import resource
-import subprocess
+import shutil
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -77,10 +76,22 @@ def warnings_logged(caplog):
     diffusers.utils.logging.disable_propagation()
 
 
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory) -> Path:
+    """What `pipe` saves, and the components in the folders of a text-to-image and a text-to-music checkpoint."""
+    folder, components = tmp_path_factory.mktemp("saved"), untrained_components()
+    MelFusionPipeline(**components).save_pretrained(folder / "checkpoint")
+    for name, component in components.items():
+        if name.startswith("image_"):
+            component.save_pretrained(folder / "image-model" / name.removeprefix("image_"))
+        elif name != "synapse":
+            component.save_pretrained(folder / "music-model" / name)
+    return folder
+
+
 @pytest.fixture
-def checkpoint(pipe, tmp_path) -> Path:
-    pipe.save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
+def checkpoint(saved_once, tmp_path) -> Path:
+    return shutil.copytree(saved_once / "checkpoint", tmp_path / "checkpoint")
 
 
 # ------------------------------------------------------------ with the package installed
@@ -391,7 +402,7 @@ def pipe_with_toy(components, tmp_path, monkeypatch) -> MelFusionPipeline:
     return MelFusionPipeline(**{**components, "vocoder": module.ToyVocoder().eval()})
 
 
-def load_and_save_as_a_stranger(folder: Path, *arguments: str) -> None:
+def load_and_save_as_a_stranger(folder: Path, *arguments: str | Path) -> None:
     """Loads and saves a checkpoint in a fork of this process that forgets the package."""
 
     def load_and_save() -> None:
@@ -472,73 +483,33 @@ def load_and_save(source, again=None):
         pipe.push_to_hub(again)
         assert not DiffusionPipeline.from_pretrained(again, trust_remote_code=True).synapse.alphas.any()
 """
-# Each source is loaded in a copy of the stranger's process, into which no checkpoint's code has come yet.
-STRANGERS_PROCESS = """
-import json, os, sys
-sys.modules["melfusion_pipeline"] = None  # what is not installed cannot be imported
-import huggingface_hub
-
-for line in sys.stdin:
-    offline, *arguments = json.loads(line)
-    child = os.fork()
-    if not child:
-        huggingface_hub.constants.HF_HUB_OFFLINE = offline
-        load_and_save(*arguments)
-        os._exit(0)
-    print("failed" if os.waitpid(child, 0)[1] else "loaded", flush=True)
-"""
 
 
-@contextmanager
-def a_stranger(folder: Path):
-    """Yields a function that loads and saves a checkpoint in a new process, in which the package is not installed."""
-    environment = {**os.environ, "HF_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT / "tests")}
-    command = [sys.executable, "-c", STRANGER + STRANGERS_PROCESS]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with open(folder / "errors", "w") as errors:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stderr=errors, **pipes)
-
-    def load_and_save(*arguments, offline=False) -> None:
-        print(json.dumps([offline, *map(str, arguments)]), file=process.stdin, flush=True)
-        assert process.stdout.readline() == "loaded\n", (folder / "errors").read_text()
-
-    with process:
-        yield load_and_save
-        process.stdin.close()
-
-
-def test_a_stranger_who_trusts_the_code_needs_no_package(pipe, checkpoint, hub, tmp_path):
+def test_a_stranger_who_trusts_the_code_needs_no_package(pipe, checkpoint, hub, tmp_path, monkeypatch):
     pipe.save_pretrained(checkpoint, variant="fp16")
     hub.add_repo("tester/melfusion", checkpoint)
     np.save(tmp_path / "expected.npy", play(pipe))
     photograph().save(tmp_path / "picture.png")
-    with a_stranger(tmp_path) as load_and_save:
-        load_and_save(checkpoint)
-        load_and_save("tester/melfusion", "tester/again")
-        assert CODE <= hub.files("tester/again").keys()
+    load_and_save_as_a_stranger(tmp_path, checkpoint)
+    load_and_save_as_a_stranger(tmp_path, "tester/melfusion", "tester/again")
+    assert CODE <= hub.files("tester/again").keys()
 
-        # Offline diffusers 0.42.1 asks the Hub for the commit of remote code all the same; the cached folder loads.
-        requests = len(hub.requests)
-        cached = huggingface_hub.hf_hub_download(
-            "tester/melfusion", "model_index.json", cache_dir=tmp_path / "home" / "hub", local_files_only=True
-        )
-        load_and_save(Path(cached).parent, offline=True)
-        assert len(hub.requests) == requests
+    # Offline diffusers 0.42.1 asks the Hub for the commit of remote code all the same; the cached folder loads.
+    requests = len(hub.requests)
+    cached = huggingface_hub.hf_hub_download("tester/melfusion", "model_index.json", local_files_only=True)
+    with monkeypatch.context() as offline:
+        offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        load_and_save_as_a_stranger(tmp_path, Path(cached).parent)
+    assert len(hub.requests) == requests
 
 
 # ------------------------------------------------------------ composing
 
 
 @pytest.fixture
-def base_models(components, tmp_path) -> tuple[Path, Path]:
+def base_models(saved_once, tmp_path) -> tuple[Path, Path]:
     """A text-to-image and a text-to-music checkpoint, laid out as the public ones."""
-    image_model, music_model = tmp_path / "image-model", tmp_path / "music-model"
-    for name, component in components.items():
-        if name.startswith("image_"):
-            component.save_pretrained(image_model / name.removeprefix("image_"))
-        elif name != "synapse":
-            component.save_pretrained(music_model / name)
-    return image_model, music_model
+    return tuple(shutil.copytree(saved_once / name, tmp_path / name) for name in ("image-model", "music-model"))
 
 
 def test_base_models_compose_from_folders_and_from_the_hub(components, base_models, hub):
