@@ -32,7 +32,7 @@ SWEEPS: dict[str, tuple[tuple, Callable]] = {
     "prompts a picture": ((1, 2, 4, 8), lambda value, image: {"image": image, "prompt": [PROMPT] * value}),
     "pictures": ((1, 2, 4, 8), lambda value, image: {"image": [image] * value, "prompt": [PROMPT] * value}),
     "num_inference_steps": ((10, 20, 40, 80), lambda value, image: {"image": image, "num_inference_steps": value}),
-    "num_inversion_steps": ((5, 10, 20, 40), lambda value, image: {"image": image, "num_inversion_steps": value}),
+    "num_inversion_steps": ((2, 5, 10, 20), lambda value, image: {"image": image, "num_inversion_steps": value}),
 }
 
 
@@ -62,7 +62,7 @@ def sweep(pipe: MelFusionPipeline, values: tuple, arguments: Callable, image, re
     for value in values:
         call = {"prompt": PROMPT, "num_inference_steps": 10, "generator": torch.Generator().manual_seed(0)}
         call |= arguments(value, image)
-        steps = {"num_inversion_steps": call.pop("num_inversion_steps", 10)}
+        steps = {"num_inversion_steps": call.pop("num_inversion_steps", None)}
         pictures = call.pop("image")
         runs = (
             functools.partial(pipe, **call),
