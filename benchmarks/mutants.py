@@ -212,8 +212,8 @@ MUTANTS = [
     Mutant("inversion_melfusion", "levels = levels[::-1]", "levels = levels[:]", "the reconstruction walks upwards"),
     Mutant(
         "inversion_melfusion",
-        "timesteps=torch.tensor([level.timestep for level in levels[:-1]])",
-        "timesteps=torch.tensor([level.timestep for level in levels[1:]])",
+        'if feature_source == "reconstruction" else levels[:-1]',
+        'if feature_source == "reconstruction" else levels[1:]',
         "features are filed under the next step's time",
     ),
     Mutant("features_melfusion", ").abs().argmin(dim=1)", ").argmin(dim=1)", "the last step is always the nearest"),
