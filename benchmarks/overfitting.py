@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 from melfusion_pipeline import MelFusionPipeline, VisualSynapse
 from melfusion_pipeline.adapters_melfusion import ATTENTION, add_lora
 from melfusion_pipeline.audio import waveform_to_latents
+from melfusion_pipeline.caches import TrajectoryCache
 from melfusion_pipeline.metrics import bootstrap_interval
-from melfusion_pipeline.training import MelFusionObjective, TrajectoryCache, freeze
+from melfusion_pipeline.training import MelFusionObjective, freeze
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))

@@ -16,7 +16,8 @@ import torch
 from full_size import build_components
 
 from melfusion_pipeline import MelFusionPipeline
-from melfusion_pipeline.training import MelFusionObjective, TrajectoryCache, freeze
+from melfusion_pipeline.caches import ImageFeaturesCache, TrajectoryCache
+from melfusion_pipeline.training import MelFusionObjective, freeze
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -42,12 +43,13 @@ def seconds(loss: Callable[[int], torch.Tensor], objective: MelFusionObjective, 
 
 
 def picture_share(objective: MelFusionObjective, batch: dict) -> float:
-    """Times the picture's part of a step alone: reading or noising, one pass of its UNet, the synapse."""
+    """Times the picture's part of a step alone: reading or noising, its UNet (not with features), the synapse."""
     draw = objective.draw(batch["indices"], 0)
     latents, _ = objective._music_latents(batch["waveforms"], draw)
+    prompts = objective.prompts.read(batch["captions"], draw.keeps_text)
     start = time.perf_counter()
     with torch.no_grad():
-        objective._read_image(batch, draw, latents.shape)
+        objective._read_image(batch, draw, latents.shape, prompts, 1.0)
     return time.perf_counter() - start
 
 
@@ -74,9 +76,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trajectories = TrajectoryCache(folder, pipe, 2, side)
         trajectories.build(batch["image_files"])
+        features = ImageFeaturesCache(folder, pipe, 2, side)
+        features.build(batch["image_files"])
         objectives = {
             "inversion": MelFusionObjective(pipe, "unet", trajectories).train(),
             "noising": MelFusionObjective(pipe, "unet").train(),
+            "features": MelFusionObjective(pipe, "unet", image_features=features).train(),
         }
         times = {name: [] for name in ("plain", *objectives)}
         shares = {name: [] for name in objectives}

@@ -28,10 +28,10 @@ from melfusion_pipeline.audio import (
     save_audio,
     waveform_to_latents,
 )
+from melfusion_pipeline.caches import hash_weights
 from melfusion_pipeline.data import is_silent, open_image
 from melfusion_pipeline.files_melfusion import atomic_write
 from melfusion_pipeline.pictures_melfusion import to_rgb
-from melfusion_pipeline.training import hash_weights
 
 SYSTEMS = ("melfusion", "text-only", "caption", "shuffled", "reference", "storyboard")
 # What of a call is the picture's, and goes to `encode_image`.

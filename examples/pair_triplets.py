@@ -34,12 +34,12 @@ from scipy.special import softmax
 from transformers.utils import logging
 
 from melfusion_pipeline.audio import load_random_crop, log_mel_spectrogram
+from melfusion_pipeline.caches import hash_weights
 from melfusion_pipeline.data import load_rows, open_image, push_triplets
 from melfusion_pipeline.extractors import ClapExtractor, ClipExtractor
 from melfusion_pipeline.files_melfusion import atomic_write
 from melfusion_pipeline.metrics import imsm
 from melfusion_pipeline.pictures_melfusion import to_rgb
-from melfusion_pipeline.training import hash_weights
 
 HERE = Path(__file__).parent
 SAMPLING_RATE = 16000

@@ -60,6 +60,11 @@ def add_data_arguments(group) -> None:
     group.add_argument("--image_latents", choices=("inversion", "noising"), default="inversion")
     group.add_argument("--num_inversion_steps", type=int, default=10, help="of the cached trajectories")
     group.add_argument("--trajectory_cache", help="folder (default: trajectories in --output_dir)")
+    group.add_argument(
+        "--offload_image_side",
+        action="store_true",
+        help="cache keys and values (157 MB a picture with SD 1.5 at 512 px), and drop the picture's models",
+    )
     group.add_argument("--music_latents_cache", help="folder for encoded clips, if none is longer than trained on")
     group.add_argument("--random_image_crops", action="store_true", help="only with --image_latents noising")
     group.add_argument("--dataloader_num_workers", type=int, help="a core each at most (default: one stays free, 8)")
@@ -125,6 +130,10 @@ def find_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--hub_model_id must be like user/name, got {args.hub_model_id!r}"
     if args.random_image_crops and args.image_latents != "noising":
         yield "--random_image_crops needs --image_latents noising: a trajectory belongs to one crop"
+    if args.offload_image_side and args.image_latents == "noising":
+        yield "--offload_image_side needs --image_latents inversion: noise is new in every step"
+    if args.offload_image_side and args.streaming:
+        yield "--offload_image_side cannot be used with --streaming: all pictures must be cached before training"
     if (args.train_data is None) == (args.dataset_name is None):
         yield "give --train_data or --dataset_name"
     if args.dataset_name and args.train_split:

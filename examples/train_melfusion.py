@@ -10,13 +10,20 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+    set_seed,
+)
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.optimization import get_scheduler
 from model_card import TRAINED, WHOLE_PIPELINE, Publication, read_training, write_model_card, write_training
@@ -31,16 +38,10 @@ from train_validation import validate
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.adapters_melfusion import ATTENTION, add_lora, lora_layers, lora_of_unet
 from melfusion_pipeline.audio import Spectrogram
+from melfusion_pipeline.caches import ImageFeaturesCache, MusicLatentCache, PictureCache, TrajectoryCache
 from melfusion_pipeline.data import ImageFiles
 from melfusion_pipeline.files_melfusion import atomic_write, staged_folder
-from melfusion_pipeline.training import (
-    MelFusionObjective,
-    MusicLatentCache,
-    TrajectoryCache,
-    enable_gradient_checkpointing,
-    freeze,
-    trained_parts,
-)
+from melfusion_pipeline.training import MelFusionObjective, enable_gradient_checkpointing, freeze, trained_parts
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Devices on which torch 2.6, the oldest that we support, takes AdamW's step in one kernel.
@@ -125,40 +126,63 @@ def make_optimizer(objective: MelFusionObjective, args: argparse.Namespace, acce
     return torch.optim.AdamW(groups, betas=betas, weight_decay=args.adam_weight_decay, fused=fused)
 
 
-def make_trajectories(
-    rows: Iterable[dict], args: argparse.Namespace, accelerator: Accelerator, pipe: MelFusionPipeline
-) -> TrajectoryCache | None:
+def make_picture_cache(
+    sets: list[ImageFiles], args: argparse.Namespace, accelerator: Accelerator, pipe: MelFusionPipeline
+) -> PictureCache | None:
     """Opens the cache of inverted pictures and, unless the rows are streamed, fills it; processes share the work."""
     if args.image_latents == "noising":
         return None
     folder = args.trajectory_cache or args.output_dir / "trajectories"
-    cache = TrajectoryCache(folder, pipe, args.num_inversion_steps, args.resolution)
-    if not args.streaming:
-        pictures = ImageFiles(rows, data_root(args.train_data, args))
-        missing = len(cache.missing(pictures))
-        size = cache.nbytes(missing) / 2**20
-        accelerator.print(
-            f"Trajectories: {missing} pictures of {len(pictures)} rows to invert, {size:.1f} MiB in {folder}"
-        )
-        cache.build(pictures, process_index=accelerator.process_index, num_processes=accelerator.num_processes)
-        accelerator.wait_for_everyone()
+    kind = ImageFeaturesCache if args.offload_image_side else TrajectoryCache
+    cache = kind(folder, pipe, args.num_inversion_steps, args.resolution)
+    for pictures in sets:
+        fill_picture_cache(cache, pictures, accelerator)
+    if args.offload_image_side:
+        # Validation reads the cache too, and what is published in the end is loaded anew.
+        pipe.register_modules(image_vae=None, image_text_encoder=None, image_unet=None)
     return cache
 
 
-def make_objective(args: argparse.Namespace, pipe: MelFusionPipeline, trajectories) -> MelFusionObjective:
+def fill_picture_cache(cache: PictureCache, pictures: ImageFiles, accelerator: Accelerator) -> None:
+    missing = len(cache.missing(pictures))
+    needed, free = cache.nbytes(missing), shutil.disk_usage(cache.folder).free
+    accelerator.print(
+        f"{missing} pictures of {len(pictures)} rows to invert: {needed / 2**20:.1f} MiB of"
+        f" {'keys and values' if isinstance(cache, ImageFeaturesCache) else 'trajectories'} in {cache.folder}"
+    )
+    if any(gather_object([needed > free])):
+        raise ValueError(
+            f"--trajectory_cache {cache.folder} has {free / 2**30:.1f} GiB free, but {missing} pictures take"
+            f" {needed / 2**30:.1f} GiB: give a folder on a larger disk"
+            f"{', or leave --offload_image_side out' if isinstance(cache, ImageFeaturesCache) else ''}."
+        )
+    cache.build(pictures, process_index=accelerator.process_index, num_processes=accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    # Where a machine has a disk of its own, the shares of the others' are not on it.
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    if local < accelerator.num_processes:
+        cache.build(pictures, process_index=accelerator.local_process_index, num_processes=local)
+        accelerator.wait_for_everyone()
+
+
+def make_objective(
+    args: argparse.Namespace, pipe: MelFusionPipeline, pictures: PictureCache | None
+) -> MelFusionObjective:
     music_latents = None
     if args.music_latents_cache:
         music_latents = MusicLatentCache(args.music_latents_cache, pipe.vae, Spectrogram.of(pipe))
+    has_features = isinstance(pictures, ImageFeaturesCache)
     return MelFusionObjective(
         pipe,
         args.train,
-        trajectories,
+        None if has_features else pictures,
         music_latents,
         snr_gamma=args.snr_gamma,
         logit_mean=args.logit_mean,
         text_dropout=args.text_dropout,
         image_dropout=args.image_dropout,
         seed=args.seed,
+        image_features=pictures if has_features else None,
     ).train()
 
 
@@ -181,7 +205,10 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator) -> State | None:
     freeze(pipe, args.train, DTYPES[accelerator.mixed_precision])
     pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
-    objective = make_objective(args, pipe, make_trajectories(rows, args, accelerator, pipe))
+    sets = [] if args.streaming else [ImageFiles(rows, data_root(args.train_data, args))]
+    if args.validation_data and args.offload_image_side:
+        sets.append(ImageFiles(validation_rows, data_root(args.validation_data, args)))
+    objective = make_objective(args, pipe, make_picture_cache(sets, args, accelerator, pipe))
     optimizer = make_optimizer(objective, args, accelerator)
     steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)

@@ -17,7 +17,7 @@ from train_data import data_root, reader
 from train_state import State, whole
 
 from melfusion_pipeline.audio import load_audio, save_audio
-from melfusion_pipeline.data import locate, open_image
+from melfusion_pipeline.data import ImageFiles, locate, open_image
 from melfusion_pipeline.plotting import plot_mel_spectrogram
 
 # The validation loss is the mean over this many fixed draws of timestep and noise a row.
@@ -125,12 +125,9 @@ def generate_sample(state: State, index: int, row: dict) -> None:
     pipe, args, step = state.pipe, state.args, state.position.step
     with state.accelerator.autocast():
         mel_spectrogram = pipe(
-            open_image(locate(row["image"], data_root(args.validation_data, args))),
-            row["caption"],
+            prompt=row["caption"],
+            **picture_arguments(state, index, row),
             audio_length_in_s=args.audio_length_in_s,
-            num_inversion_steps=args.num_inversion_steps,
-            image_size=args.resolution,
-            feature_source=args.image_latents,
             generator=torch.Generator().manual_seed(args.seed),
             output_type="mel",
         ).audios
@@ -144,6 +141,19 @@ def generate_sample(state: State, index: int, row: dict) -> None:
     save_audio(folder / f"{index}.wav", waveform, pipe.sampling_rate)
     for tracker in state.accelerator.trackers:
         log_piece(tracker, index, folder / f"{index}.wav", folder / f"{index}.png", step)
+
+
+def picture_arguments(state: State, index: int, row: dict) -> dict:
+    """What a call is told of a row's picture: its cached features, or itself and how it is encoded in training."""
+    args, root = state.args, data_root(state.args.validation_data, state.args)
+    if (cache := state.bare_objective.image_features) is not None:
+        return {"image_features": cache.features(ImageFiles(state.validation_rows, root)[index])}
+    return {
+        "image": open_image(locate(row["image"], root)),
+        "num_inversion_steps": args.num_inversion_steps,
+        "image_size": args.resolution,
+        "feature_source": args.image_latents,
+    }
 
 
 def log_piece(tracker: GeneralTracker, index: int, audio: Path, mel: Path, step: int) -> None:

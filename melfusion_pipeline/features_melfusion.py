@@ -171,12 +171,15 @@ class ImageFeatures:
             raise OSError(f"{path} cannot be written: {error}") from error
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "ImageFeatures":
+    def load(
+        cls, path: str | os.PathLike, device: str | torch.device = "cpu", step: int | None = None
+    ) -> "ImageFeatures":
         """Reads what `save` wrote.
 
         Args:
             path: The file.
             device: Where keys and values are to lie; the timesteps stay on the CPU.
+            step: The number, from 0, of the one recorded step to read; the rest of the file is not. None reads all.
 
         Returns:
             The features, in the dtype in which they were saved.
@@ -190,7 +193,8 @@ class ImageFeatures:
             raise FileNotFoundError(f"{path} is no file: pass what `ImageFeatures.save` wrote.")
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+                only = slice(None) if step is None else slice(step, step + 1)
+                tensors, metadata = {name: file.get_slice(name)[only] for name in file.keys()}, file.metadata() or {}
             timesteps = tensors.pop("timesteps").cpu()
             layers = sorted({name.rpartition(".")[0] for name in tensors})
             return cls(

@@ -1,33 +1,23 @@
-"""The training objective of MeLFusion, what it trains, and caches of what never changes in training."""
+"""The training objective of MeLFusion, and what it trains."""
 
-import hashlib
-import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BytesIO
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AudioLDM2UNet2DConditionModel, AutoencoderKL, DDIMScheduler, DiffusionPipeline
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers import AudioLDM2UNet2DConditionModel, DDIMScheduler, DiffusionPipeline
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
-from diffusers.utils.logging import tqdm
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .adapters_melfusion import lora_layers
 from .attention_melfusion import KVBlenders, use_attn_processors
-from .audio import waveform_to_latents, waveform_to_mel
+from .audio import waveform_to_latents
+from .caches import ImageFeaturesCache, MusicLatentCache, PromptCache, TrajectoryCache
 from .encoding_melfusion import encode_pixels
-from .families_melfusion import pad_texts, text_lengths
-from .files_melfusion import atomic_write
-from .inversion_melfusion import ddim_walk, inversion_grid, record_keys_and_values
+from .families_melfusion import text_lengths
+from .inversion_melfusion import record_keys_and_values
 from .waveforms_melfusion import Spectrogram
 
 # What each choice trains; everything else of the pipeline is frozen.
@@ -130,232 +120,6 @@ def enable_gradient_checkpointing(pipe: DiffusionPipeline) -> None:
     pipe.unet.enable_gradient_checkpointing()
 
 
-class TrajectoryCache:
-    """The inversion trajectories of pictures on disk: computed once, shared by processes and runs.
-
-    One safetensors file a picture, named after the picture's bytes, the settings and the models' weights. It holds
-    `z_t^I` at `t_0 ... t_{N-1}`, the latents at which the pipeline records by default: `[N, channels, height, width]`,
-    float16.
-
-    Args:
-        folder: Where the files lie; made if it does not exist.
-        pipe: The pipeline whose picture side inverts.
-        num_inversion_steps: N.
-        image_size: The side to which pictures are prepared (centre crop), in pixels.
-    """
-
-    def __init__(
-        self, folder: str | os.PathLike, pipe: DiffusionPipeline, num_inversion_steps: int, image_size: int
-    ) -> None:
-        self.folder, self.pipe, self.image_size = Path(folder), pipe, image_size
-        self.levels = inversion_grid(pipe.image_scheduler, num_inversion_steps)[:-1]
-        self.timesteps = torch.tensor([level.timestep for level in self.levels])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._fingerprint = self._hash_settings()
-        self._paths: dict[str, Path] = {}
-
-    def _hash_settings(self) -> bytes:
-        settings = [self.levels, self.image_size, self.pipe.image_scheduler.config.prediction_type]
-        weights = hash_weights(self.pipe.image_vae, self.pipe.image_unet, self.pipe.image_text_encoder)
-        return hashlib.sha256(json.dumps(settings).encode() + weights).digest()
-
-    def path(self, image_file: str | bytes) -> Path:
-        """Names the file of the trajectory of the picture `image_file`, a path or encoded; it need not exist."""
-        if isinstance(image_file, bytes):
-            return self.folder / f"{hashlib.sha256(self._fingerprint + image_file).hexdigest()}.safetensors"
-        if image_file not in self._paths:
-            self._paths[image_file] = self.path(Path(image_file).read_bytes())
-        return self._paths[image_file]
-
-    def missing(self, image_files: Sequence[str | bytes], process_index: int = 0, num_processes: int = 1) -> list[int]:
-        """Lists what is not there yet, each content once.
-
-        Args:
-            image_files: The pictures, as paths or encoded.
-            process_index: The number of this process, from 0.
-            num_processes: How many processes share the pictures.
-
-        Returns:
-            The positions in `image_files` of this process's share of them that have no trajectory.
-        """
-        by_file = {self.path(image_file): position for position, image_file in enumerate(image_files)}
-        # Shared out before looking: processes that look at different moments would not agree on what is missing.
-        own = list(by_file.items())[process_index::num_processes]
-        return [position for file, position in own if not file.is_file()]
-
-    def nbytes(self, num_images: int) -> int:
-        """Gives the size of `num_images` trajectories on disk, in bytes."""
-        side = self.image_size // self.pipe.image_vae_scale_factor
-        return num_images * len(self.levels) * self.pipe.image_unet.config.in_channels * side * side * 2
-
-    @torch.no_grad()
-    def build(
-        self, image_files: Sequence[str | bytes], batch_size: int = 4, process_index: int = 0, num_processes: int = 1
-    ) -> None:
-        """Computes what is missing, with a progress bar; may be stopped and repeated.
-
-        Args:
-            image_files: The pictures, as paths or encoded.
-            batch_size: How many are inverted at once.
-            process_index: The number of this process, from 0.
-            num_processes: How many processes share the work.
-        """
-        own = self.missing(image_files, process_index, num_processes)
-        with tqdm(total=len(own), desc="Inverting pictures", disable=not own) as bar:
-            for start in range(0, len(own), batch_size):
-                chunk = [image_files[position] for position in own[start : start + batch_size]]
-                for image_file, trajectory in zip(chunk, self._invert(chunk)):
-                    _write_tensor("latents", trajectory, self.path(image_file))
-                bar.update(len(chunk))
-
-    def _invert(self, image_files: Sequence[str | bytes]) -> torch.Tensor:
-        latents = self.pipe.prepare_image_latents([open_picture(file) for file in image_files], self.image_size)
-        prompt_embeds = self.pipe.encode_image_prompt("", len(latents))
-        prediction_type = self.pipe.image_scheduler.config.prediction_type
-        walk = ddim_walk(self.pipe.image_unet, latents, prompt_embeds, self.levels, prediction_type)
-        return torch.stack([latents, *(reached for _, reached in walk)], dim=1).to(torch.float16).cpu()
-
-    def read(self, image_files: Sequence[str | bytes], timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reads each picture's latents nearest to its timestep; what is missing is computed first.
-
-        Args:
-            image_files: B pictures, as paths or encoded.
-            timesteps: `[B]`.
-
-        Returns:
-            `z_{t_i}^I`, float32 `[B, channels, height, width]`, and `t_i` `[B]`, both on the CPU.
-        """
-        self.build(image_files)
-        steps = (self.timesteps - timesteps.cpu()[:, None]).abs().argmin(dim=1)
-        latents = []
-        for image_file, step in zip(image_files, steps.tolist()):
-            with safe_open(self.path(image_file), framework="pt") as file:
-                latents.append(file.get_slice("latents")[step].float())
-        return torch.stack(latents), self.timesteps[steps]
-
-
-def open_picture(image_file: str | bytes) -> Image.Image:
-    """Opens the picture `image_file`, a path or encoded."""
-    return Image.open(BytesIO(image_file) if isinstance(image_file, bytes) else image_file)
-
-
-def hash_weights(*models: nn.Module | None) -> bytes:
-    """Gives the SHA-256 of the names, dtypes, shapes and values of all weights and buffers of `models`, in order."""
-    digest = hashlib.sha256()
-    for model in filter(None, models):
-        for name, tensor in sorted(model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.digest()
-
-
-def _write_tensor(name: str, tensor: torch.Tensor, path: Path) -> None:
-    try:
-        with atomic_write(path) as temporary:
-            save_file({name: tensor.contiguous()}, temporary)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-
-
-class MusicLatentCache:
-    """The music autoencoder's posteriors of clips on disk: each clip is encoded once, by whichever process meets it.
-
-    One safetensors file a clip, named after its samples and the autoencoder's weights: mean and log-variance as the
-    autoencoder gives them, `[2 * channels, frames / 4, bands / 4]`, float16. Of use where clips are not longer than
-    what is trained on; random crops of longer ones are rarely met twice.
-
-    Args:
-        folder: Where the files lie; made if it does not exist.
-        vae: The music autoencoder.
-        spectrogram: That it was made for: AudioLDM's, or `Spectrogram.of(pipe)`.
-    """
-
-    def __init__(
-        self, folder: str | os.PathLike, vae: AutoencoderKL, spectrogram: Spectrogram = Spectrogram()
-    ) -> None:
-        self.folder, self.vae, self.spectrogram = Path(folder), vae, spectrogram
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # Files of before the spectrogram was a choice are AudioLDM's.
-        other = b"" if spectrogram == Spectrogram() else repr(spectrogram).encode()
-        self._fingerprint = hash_weights(vae) + other
-
-    @torch.no_grad()
-    def encode(self, waveforms: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-        """Gives scaled music latents, sampled from the posteriors.
-
-        Args:
-            waveforms: `[B, samples]` at the spectrogram's sampling rate.
-            generators: One a row, of the samples.
-
-        Returns:
-            `[B, channels, frames / 4, bands / 4]`, float32.
-        """
-        posteriors = [self._posterior(waveform) for waveform in waveforms.cpu()]
-        posterior = DiagonalGaussianDistribution(torch.stack(posteriors).to(self.vae.device, torch.float32))
-        return posterior.sample(generators) * self.vae.config.scaling_factor
-
-    def _posterior(self, waveform: torch.Tensor) -> torch.Tensor:
-        digest = hashlib.sha256(self._fingerprint + waveform.numpy().tobytes()).hexdigest()
-        path = self.folder / f"{digest}.safetensors"
-        if not path.is_file():
-            rate = self.spectrogram.sampling_rate
-            mel = waveform_to_mel(waveform, rate, self.vae, spectrogram=self.spectrogram)
-            moments = self.vae.encode(mel[:, None].to(self.vae.dtype)).latent_dist.parameters[0]
-            _write_tensor("moments", moments.to(torch.float16).cpu(), path)
-        # Half precision cannot be stacked under autocast to bfloat16.
-        return load_file(path)["moments"].float()
-
-
-class PromptCache:
-    """What captions become for the music UNet, in memory: the text encoders are frozen, so each is encoded once.
-
-    Each caption is encoded alone, as the pipeline encodes a single prompt: AudioLDM 2's encoding depends on the
-    batch. A dropped caption becomes what the negative prompt of a call without one is: the empty text, padded to the
-    caption's length. That is kept once for each length. A caption of 30 tokens takes about 0.15 MB with AudioLDM 2 in
-    float32, 2 kB with AudioLDM.
-
-    Args:
-        pipe: The pipeline whose text encoders encode.
-    """
-
-    def __init__(self, pipe: DiffusionPipeline) -> None:
-        self.pipe = pipe
-        self._prompts: dict[str, dict[str, torch.Tensor]] = {}
-        self._dropped: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
-
-    def read(self, captions: Sequence[str], keeps_text: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Gives the UNet's arguments by name.
-
-        Args:
-            captions: B texts.
-            keeps_text: `[B]`, False for those that are dropped.
-
-        Returns:
-            B rows each, on the CPU; text sequences are padded to the longest, and their masks say so.
-        """
-        rows = [self._row(caption, keep) for caption, keep in zip(captions, keeps_text.tolist(), strict=True)]
-        lengths = {name: max(row[name].shape[1] for row in rows) for name in rows[0]}
-        rows = [pad_texts(row, lengths) for row in rows]
-        return {name: torch.cat([row[name] for row in rows]) for name in lengths}
-
-    def _row(self, caption: str, keep: bool) -> dict[str, torch.Tensor]:
-        if caption not in self._prompts:
-            self._prompts[caption] = self._encode(0, prompt=[caption], do_classifier_free_guidance=False)
-        prompt = self._prompts[caption]
-        if keep:
-            return prompt
-        lengths = tuple(rows.shape[1] for rows in prompt.values())
-        if lengths not in self._dropped:
-            self._dropped[lengths] = self._encode(1, prompt_embeds=self.pipe.prompts.from_unet(prompt))
-        return self._dropped[lengths]
-
-    def _encode(self, which: int, **arguments: Any) -> dict[str, torch.Tensor]:
-        # Without autocast, or what is kept would depend on where a caption is met first.
-        with torch.autocast(self.pipe.unet.device.type, enabled=False):
-            embeds = self.pipe.encode_prompt(**arguments)[which]
-        return {name: rows.cpu() for name, rows in self.pipe.prompts.to_unet(embeds).items()}
-
-
 class MelFusionObjective(nn.Module):
     """The training objective: a batch of triplets goes in, the loss comes out.
 
@@ -375,6 +139,8 @@ class MelFusionObjective(nn.Module):
         text_dropout: The probability with which a row's text is dropped in training.
         image_dropout: The probability with which a row's picture is dropped in training, independently.
         seed: Timesteps, noise and dropping are keyed by (seed, step, row of the data set).
+        image_features: What the pictures contribute, in place of `trajectories`; the pipeline then needs none of the
+            picture's models any more.
 
     Raises:
         ValueError: As `trained_parts`, or if the music scheduler's prediction type is unknown.
@@ -391,6 +157,7 @@ class MelFusionObjective(nn.Module):
         text_dropout: float = 0.1,
         image_dropout: float = 0.1,
         seed: int = 0,
+        image_features: ImageFeaturesCache | None = None,
     ) -> None:
         super().__init__()
         self.trained = nn.ModuleDict(trained_parts(pipe, trainable))
@@ -398,7 +165,7 @@ class MelFusionObjective(nn.Module):
         if self.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"Cannot train for prediction_type={self.scheduler.config.prediction_type!r}.")
         self.pipe, self.snr_gamma, self.logit_mean, self.seed = pipe, snr_gamma, logit_mean, seed
-        self.trajectories, self.music_latents = trajectories, music_latents
+        self.trajectories, self.music_latents, self.image_features = trajectories, music_latents, image_features
         self.text_dropout, self.image_dropout = text_dropout, image_dropout
         self.blenders = KVBlenders(pipe.synapse.config.music_layers)
         self.prompts = PromptCache(pipe)
@@ -450,7 +217,7 @@ class MelFusionObjective(nn.Module):
 
         Args:
             batch: `waveforms` `[B, samples]` at `pipe.sampling_rate`, `captions` (B texts), `indices` `[B]`, and
-                `image_files` (with trajectories) or `pixel_values` `[B, 3, S, S]` in [-1, 1] (without).
+                `image_files` (with trajectories or features) or `pixel_values` `[B, 3, S, S]` in [-1, 1] (without).
             step: The optimisation step, which keys the randomness.
             synapse_scale: Multiplies every alpha, as in a call of the pipeline; 0 takes the pictures away.
 
@@ -508,6 +275,15 @@ class MelFusionObjective(nn.Module):
         timesteps = draw.timesteps.to(device)
         return scheduler.add_noise(latents, noise, timesteps), timesteps
 
+    @torch.no_grad()
+    def _record(self, batch: dict, draw: Draw) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        if self.image_features is not None:
+            return self.image_features.read(batch["image_files"], draw.timesteps)
+        latents, timesteps = self._image_latents(batch, draw)
+        prompt_embeds = self._empty_image_prompt().expand(len(latents), -1, -1)
+        layers = self.pipe.synapse.config.image_layers
+        return record_keys_and_values(self.pipe.image_unet, latents, timesteps, prompt_embeds, layers)
+
     def _read_image(
         self,
         batch: dict,
@@ -517,11 +293,7 @@ class MelFusionObjective(nn.Module):
         synapse_scale: float,
     ) -> None:
         synapse = self.trained["synapse"]
-        with torch.no_grad():
-            latents, timesteps = self._image_latents(batch, draw)
-            prompt_embeds = self._empty_image_prompt().expand(len(latents), -1, -1)
-            layers = self.pipe.synapse.config.image_layers
-            recorded = record_keys_and_values(self.pipe.image_unet, latents, timesteps, prompt_embeds, layers)
+        recorded = self._record(batch, draw)
         num_tokens = self.pipe.synapse.num_tokens(*music_shape[-2:], text_lengths(prompts))
         keys, values, alphas = synapse(*recorded, num_tokens, synapse_scale)
         kept = draw.keeps_image.to(alphas)

@@ -12,7 +12,7 @@ ORDER = """
     adapters_melfusion vocoder_melfusion pictures_melfusion features_melfusion inversion_melfusion windows_melfusion
     waveforms_melfusion given_audio_melfusion checks_melfusion prompts_melfusion families_melfusion decoding_melfusion
     encoding_melfusion denoising_melfusion checkpoint_melfusion pipeline_melfusion blending audio tables sets data
-    streams training metrics extractors plotting film onsets scoring
+    streams caches training metrics extractors plotting film onsets scoring
 """.split()
 
 

@@ -22,8 +22,8 @@ from processes import prints, start
 from melfusion_pipeline import ImageFeatures, MelFusionPipeline
 from melfusion_pipeline.attention_melfusion import BlendKVAttnProcessor, RecordKVAttnProcessor
 from melfusion_pipeline.audio import save_audio
+from melfusion_pipeline.caches import TrajectoryCache
 from melfusion_pipeline.locks_melfusion import ComponentLocks
-from melfusion_pipeline.training import TrajectoryCache
 
 ROOT = Path(__file__).parents[1]
 FAST = {"num_inference_steps": 4, "num_inversion_steps": 2}

@@ -19,7 +19,7 @@ from melfusion_pipeline.audio import (
     log_mel_spectrogram,
     waveform_to_latents,
 )
-from melfusion_pipeline.training import MusicLatentCache
+from melfusion_pipeline.caches import MusicLatentCache
 from melfusion_pipeline.waveforms_melfusion import mel_filters
 
 # AudioLDM's at 48 kHz.

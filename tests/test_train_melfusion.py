@@ -51,7 +51,8 @@ def workspace(tmp_path_factory) -> Path:
             row = {"image": f"{index}.png", "audio": f"{index}.flac", "caption": f"music {index % 2}"}
             row["part"] = "test" if index == 7 else "train"
             file.write(json.dumps(row) + "\n")
-    pipe = MelFusionPipeline(**untrained_components(mel_bands=64, latent_frames=16))
+    components = untrained_components(mel_bands=64, latent_frames=16)
+    pipe = MelFusionPipeline(**components, default_num_inference_steps=2)
     pipe.synapse.reset_parameters()
     pipe.save_pretrained(folder / "pipeline")
     return folder
@@ -197,12 +198,37 @@ def test_a_lora_is_trained_resumed_fused_into_the_pipeline_and_kept_beside_the_s
         assert_near(play(MelFusionPipeline.from_pretrained(tmp_path / "more")), play(trained), steps=10_000)
 
 
+def test_the_pictures_models_leave_once_their_features_are_cached(workspace, tmp_path, capsys):
+    flags = {"train": "unet", "validation_data": workspace / "train.jsonl", "num_validation_samples": 1}
+    flags |= {"validation_steps": 6, "checkpointing_steps": 6}
+    usual = train(workspace, tmp_path / "usual", **flags)
+    flags |= {"offload_image_side": True, "trajectory_cache": tmp_path / "features"}
+    offloaded = train(workspace, tmp_path / "offloaded", **flags)
+    assert_near(torch.tensor(offloaded).half(), torch.tensor(usual).half(), steps=2)
+    assert "8 pictures of 8 rows to invert" in capsys.readouterr().out
+    one, two = (soundfile.read(tmp_path / name / "validation/step-6/0.wav")[0] for name in ("usual", "offloaded"))
+    assert np.abs(one).max() > 0 and np.abs(one - two).mean() < 0.05 * np.abs(one).mean()
+    # What is published is whole: the picture's models are loaded again.
+    assert np.isfinite(play(MelFusionPipeline.from_pretrained(tmp_path / "offloaded"))).all()
+    state = set_up_again(workspace, tmp_path / "offloaded", resume_from_checkpoint="latest", **flags)
+    resume(state)
+    assert state.position.step == 6 and "0 pictures of 8 rows to invert" in capsys.readouterr().out
+    assert (state.pipe.image_vae, state.pipe.image_text_encoder, state.pipe.image_unet) == (None, None, None)
+
+
+def test_a_disk_that_is_too_small_for_the_cache_is_told_before_it_is_full(workspace, tmp_path):
+    with pytest.raises(ValueError, match="GiB free, but 8 pictures take .* GiB: give a folder on a larger disk"):
+        train(workspace, tmp_path, resolution=1_000_000, trajectory_cache=tmp_path / "trajectories")
+
+
 WRONG = {
     "no model": ({"pretrained_model_name_or_path": None}, "both --pretrained_image_model"),
     "two models": ({"pretrained_image_model": "a", "pretrained_music_model": "b"}, "already holds"),
     "no hub id": ({"push_to_hub": True}, "--push_to_hub needs --hub_model_id"),
     "hub id": ({"hub_model_id": "a/b/c"}, "--hub_model_id must be like user/name"),
     "crops": ({"random_image_crops": True}, "--random_image_crops needs"),
+    "offloaded noising": ({"offload_image_side": True, "image_latents": "noising"}, "needs --image_latents inversion"),
+    "offloaded stream": ({"offload_image_side": True, "streaming": True}, "cannot be used with --streaming"),
     "no data": ({"train_data": "nowhere.jsonl"}, "does not exist"),
     "no steps": ({"max_train_steps": 0}, "--max_train_steps must be above 0"),
     "NaN rate": ({"learning_rate": "nan"}, "--learning_rate must be above 0"),

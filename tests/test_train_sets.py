@@ -28,7 +28,8 @@ STEPS = 10
 def workspace(tmp_path_factory) -> Path:
     """An untrained pipeline."""
     folder = tmp_path_factory.mktemp("training")
-    pipe = MelFusionPipeline(**untrained_components(mel_bands=64, latent_frames=16))
+    components = untrained_components(mel_bands=64, latent_frames=16)
+    pipe = MelFusionPipeline(**components, default_num_inference_steps=2)
     pipe.synapse.reset_parameters()
     pipe.save_pretrained(folder / "pipeline")
     return folder

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.adapters_melfusion import add_lora
 from melfusion_pipeline.audio import waveform_to_latents
-from melfusion_pipeline.inversion_melfusion import record_keys_and_values
-from melfusion_pipeline.training import MelFusionObjective, MusicLatentCache, TrajectoryCache, freeze
+from melfusion_pipeline.caches import MusicLatentCache, TrajectoryCache
+from melfusion_pipeline.training import MelFusionObjective, freeze
 
 STEPS = 3
 
@@ -270,92 +270,6 @@ def test_outside_of_attached_the_objective_refuses(training_pipe, batch):
     with objective.attached():
         objective(batch, 0)
     assert training_pipe.unet.attn_processors == originals
-
-
-# ---------------------------------------- trajectories
-
-
-def test_trajectories_are_the_latents_at_which_the_pipeline_records(training_pipe, batch, tmp_path):
-    pipe = training_pipe
-    cache = TrajectoryCache(tmp_path / "cache", pipe, STEPS, 32)
-    assert cache.timesteps.tolist() == [0, 332, 666]
-    features = pipe.encode_image(photograph(0, 40, 36), num_inversion_steps=STEPS, image_size=32)
-    assert features.timesteps.tolist() == cache.timesteps.tolist()
-    latents, timesteps = cache.read(batch["image_files"][:1] * 3, torch.tensor([10, 350, 999]))
-    assert timesteps.tolist() == [0, 332, 666]
-    layer = pipe.synapse.config.image_layers[0]
-    objective = make_objective(pipe, tmp_path)
-    recorded, _ = record(pipe, latents, timesteps)
-    # The cache is float16.
-    assert_near(recorded[layer].half(), features.keys[layer][:, 0].half(), steps=10)
-    assert objective.trajectories.missing(batch["image_files"][:1]) == []
-
-
-def record(pipe, latents, timesteps):
-    prompt_embeds = pipe.encode_image_prompt("", len(latents))
-    with torch.no_grad():
-        return record_keys_and_values(
-            pipe.image_unet, latents, timesteps, prompt_embeds, pipe.synapse.config.image_layers
-        )
-
-
-def test_the_cache_is_keyed_by_content_settings_and_models_and_is_resumable(training_pipe, batch, tmp_path):
-    pipe, paths = training_pipe, batch["image_files"]
-    cache = TrajectoryCache(tmp_path / "cache", pipe, STEPS, 32)
-    assert cache.missing(paths) == [0, 1, 2, 3]
-    cache.build(paths, batch_size=3, process_index=0, num_processes=2)
-    assert cache.missing(paths) == [1, 3]
-    # A process that begins when another is done has its own half to do all the same.
-    cache.build(paths, process_index=1, num_processes=2)
-    assert cache.missing(paths) == []
-    files = sorted(cache.folder.iterdir())
-    assert len(files) == 4 and {file.suffix for file in files} == {".safetensors"}
-    payload = sum(file.stat().st_size for file in files)
-    assert cache.nbytes(4) == 4 * STEPS * 4 * 8 * 8 * 2 and payload - cache.nbytes(4) < 4 * 200
-
-    stamps = [file.stat().st_mtime_ns for file in files]
-    again = TrajectoryCache(tmp_path / "cache", pipe, STEPS, 32)
-    again.build(paths)
-    assert [file.stat().st_mtime_ns for file in files] == stamps
-    photograph(0, 40, 36).save(tmp_path / "copy.png")
-    assert again.missing([str(tmp_path / "copy.png")]) == []
-    assert TrajectoryCache(tmp_path / "cache", pipe, STEPS + 1, 32).missing(paths) == [0, 1, 2, 3]
-    assert TrajectoryCache(tmp_path / "cache", pipe, STEPS, 48).missing(paths) == [0, 1, 2, 3]
-    with torch.no_grad():
-        pipe.image_unet.conv_in.bias[0] += 1e-3
-    assert TrajectoryCache(tmp_path / "cache", pipe, STEPS, 32).missing(paths) == [0, 1, 2, 3]
-
-
-def test_a_clip_is_encoded_once_and_its_latents_are_those_of_the_front_end(training_pipe, batch, tmp_path):
-    encoded = []
-    training_pipe.vae.encoder.register_forward_hook(lambda *_: encoded.append(1))
-    draw = make_objective(training_pipe).draw(batch["indices"], 0)
-    expected = waveform_to_latents(
-        batch["waveforms"][:, None], 16000, training_pipe.vae, sample_mode="sample", generator=draw.generators
-    )
-    encoded.clear()
-    for _ in range(2):
-        generators = make_objective(training_pipe).draw(batch["indices"], 0).generators
-        cache = MusicLatentCache(tmp_path / "music", training_pipe.vae)
-        latents = cache.encode(batch["waveforms"], generators)
-        # The cache is float16.
-        assert_near(latents.half(), expected.half(), steps=2)
-    assert len(encoded) == len(batch["waveforms"]) == len(list((tmp_path / "music").iterdir()))
-
-    with torch.no_grad():
-        training_pipe.vae.encoder.conv_in.weight.mul_(1.5)
-    MusicLatentCache(tmp_path / "music", training_pipe.vae).encode(batch["waveforms"], generators)
-    assert len(encoded) == 2 * len(batch["waveforms"]), "other weights need other encodings"
-
-
-def test_the_objective_reads_the_clips_from_their_cache(training_pipe, batch, tmp_path):
-    fresh, cached = make_objective(training_pipe), make_objective(training_pipe)
-    cached.music_latents = MusicLatentCache(tmp_path / "music", training_pipe.vae)
-    with fresh.attached():
-        expected = fresh.per_sample_loss(batch, 3)
-    with cached.attached():
-        assert_near(cached.per_sample_loss(batch, 3).half(), expected.half(), steps=10)
-    assert len(list((tmp_path / "music").iterdir())) == len(batch["waveforms"])
 
 
 # ---------------------------------------- two processes

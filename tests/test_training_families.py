@@ -8,7 +8,8 @@ from test_train_melfusion import play, train, workspace  # noqa: F401 - a fixtur
 from test_training import make_batch, make_objective, rows
 
 from melfusion_pipeline import MelFusionPipeline
-from melfusion_pipeline.training import PromptCache, enable_gradient_checkpointing
+from melfusion_pipeline.caches import PromptCache
+from melfusion_pipeline.training import enable_gradient_checkpointing
 
 # Other lengths, so that there is padding.
 CAPTIONS = ["drum", "a calm piano"]

@@ -10,7 +10,7 @@ from training_loop import stage_parser
 from transformers import ClapTextModelWithProjection, RobertaTokenizer
 
 from melfusion_pipeline.audio import load_random_crop
-from melfusion_pipeline.training import MusicLatentCache
+from melfusion_pipeline.caches import MusicLatentCache
 
 CHANNELS = (32, 64, 96, 128)
 
