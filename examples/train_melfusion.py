@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ from tqdm.auto import tqdm
 from train_arguments import parse_arguments
 from train_checkpoints import EMA, resume, save_checkpoint
 from train_data import data_root, endless_batches, load_checked_rows, make_loader
-from train_state import State, describe_memory, whole
+from train_estimate import describe_memory, describe_step
+from train_state import State, whole
 from train_validation import validate
 
 from melfusion_pipeline import MelFusionPipeline
@@ -275,6 +277,10 @@ def train(state: State) -> None:
     batches = endless_batches(state.loader, state.position, accelerator.device)
     bar = tqdm(total=args.max_train_steps, initial=state.position.step, disable=not accelerator.is_local_main_process)
     with state.bare_objective.attached(), bar:
+        if state.position.step < args.max_train_steps:
+            first = next(batches)
+            accelerator.print(describe_step(state, first))
+            batches = chain([first], batches)
         while state.position.step < args.max_train_steps:
             loss = train_step(state, batches)
             if accelerator.optimizer_step_was_skipped:

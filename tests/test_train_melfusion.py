@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import torch
@@ -28,6 +29,7 @@ from full_disk import contents, on_a_full_disk
 from processes import start_anew
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_checkpoints import list_checkpoints, resume
+from train_estimate import describe_step, forget_peak_memory, peak_memory
 from train_state import State
 from train_validation import compare_pictures, log_piece, validation_losses
 from untrained import untrained_components
@@ -205,7 +207,8 @@ def test_the_pictures_models_leave_once_their_features_are_cached(workspace, tmp
     flags |= {"offload_image_side": True, "trajectory_cache": tmp_path / "features"}
     offloaded = train(workspace, tmp_path / "offloaded", **flags)
     assert_near(torch.tensor(offloaded).half(), torch.tensor(usual).half(), steps=2)
-    assert "8 pictures of 8 rows to invert" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "8 pictures of 8 rows to invert" in said and said.count("Forward and backward of a batch take") == 2
     one, two = (soundfile.read(tmp_path / name / "validation/step-6/0.wav")[0] for name in ("usual", "offloaded"))
     assert np.abs(one).max() > 0 and np.abs(one - two).mean() < 0.05 * np.abs(one).mean()
     # What is published is whole: the picture's models are loaded again.
@@ -357,11 +360,12 @@ def test_a_step_that_overflows_moves_neither_schedule_nor_average_nor_position(w
     def overflow_once(gradient: torch.Tensor) -> torch.Tensor:
         counts = (state.position.step, state.ema.optimization_step, state.lr_scheduler.last_epoch)
         seen.append((counts, torch.equal(alphas, before)))
-        return gradient * (torch.inf if len(seen) == 1 else 1.0)
+        # The first gradient is that of the pass which is measured before training.
+        return gradient * (torch.inf if len(seen) == 2 else 1.0)
 
     alphas.register_hook(overflow_once)
     train_melfusion.train(state)
-    assert seen == [((0, 0, 0), True), ((0, 0, 0), True), ((1, 1, 1), False)]
+    assert seen == [((0, 0, 0), True)] * 3 + [((1, 1, 1), False)]
     assert [json.loads(line)["step"] for line in (tmp_path / "losses.jsonl").read_text().splitlines()] == [1, 2]
     assert "step 1: float16 overflowed; taken anew with scale 32768" in capsys.readouterr().out
     accelerator.scaler.update(train_melfusion.SMALLEST_LOSS_SCALE / 2)
@@ -474,6 +478,32 @@ def test_the_memory_of_weights_is_counted_before_the_first_step(workspace, tmp_p
     said = capsys.readouterr().out
     assert f"{4 * counts[1] / 2**30:.3f} GiB of frozen weights, {4 * 5 * counts[0] / 2**30:.3f} GiB" in said
     assert f"for {counts[0]:,} trained parameters (5 numbers each)" in said
+
+
+def test_memory_and_time_of_a_step_are_measured_and_nothing_is_changed_by_that(workspace, tmp_path):
+    state = set_up_again(workspace, tmp_path, max_train_steps=3600, gradient_accumulation_steps=2, train="unet")
+    batch = next(train_data.endless_batches(state.loader, state.position, state.accelerator.device))
+    before = {name: tensor.clone() for name, tensor in state.objective.state_dict().items()}
+    began = time.perf_counter()
+    with state.bare_objective.attached():
+        said = describe_step(state, batch)
+    seconds, memory, hours = map(float, re.search(r"take (\S+) s and at most (\S+) GiB.*about (\S+) h", said).groups())
+    assert 0.01 <= seconds <= time.perf_counter() - began and hours == pytest.approx(2 * seconds, abs=0.06)
+    # That of the process, in which torch alone takes a tenth.
+    assert 0.1 < memory <= psutil.virtual_memory().total / 2**30
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.objective.state_dict().items())
+    assert all(parameter.grad is None for parameter in state.objective.parameters())
+    assert not state.optimizer.state and state.position.step == 0
+
+
+def test_the_peak_of_memory_is_that_since_it_was_forgotten():
+    device, size = torch.device("cpu"), 400_000_000
+    forget_peak_memory(device)
+    before = peak_memory(device)
+    torch.ones(size, dtype=torch.uint8)
+    assert peak_memory(device) - before > 0.8 * size
+    forget_peak_memory(device)
+    assert peak_memory(device) - before < 0.5 * size
 
 
 def test_trackers_get_the_music_the_mel_and_the_figures(tmp_path, monkeypatch):
