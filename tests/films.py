@@ -16,8 +16,9 @@ def clicks(times, duration, rate=RATE, pitch=660):
     waveform = np.zeros(round(duration * rate), np.float32)
     for begin in times:
         first = round(begin * rate)
-        seconds = np.arange(len(waveform) - first) / rate
-        waveform[first:] += 0.3 * np.sin(2 * np.pi * pitch * seconds) * np.exp(-20 * seconds)
+        # After three seconds nothing is left.
+        seconds = np.arange(min(len(waveform) - first, 3 * rate)) / rate
+        waveform[first : first + 3 * rate] += 0.3 * np.sin(2 * np.pi * pitch * seconds) * np.exp(-20 * seconds)
     return waveform
 
 

@@ -5,6 +5,7 @@ as `python script.py` has it: a process of its own, the script's folder first on
 but the package, so that a script which needs a module finds it by itself.
 """
 
+import functools
 import importlib
 import multiprocessing
 import os
@@ -21,6 +22,8 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+from melfusion_pipeline.onsets import find_onsets
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,11 +103,18 @@ def prints(process: multiprocessing.Process, output: Path, lines: int, seconds: 
     return False
 
 
+@functools.cache
+def compile_librosa() -> None:
+    """librosa compiles parts of itself when they are first used, for three seconds of each process: here for all."""
+    find_onsets(np.sin(np.arange(16000) / 9.0), 16000)
+
+
 def start_script(
     script: str | Path, *arguments, output: Path, errors: Path | None = None, paths=(), **environment: str
 ) -> multiprocessing.Process:
     """Starts `python script arguments`, with `paths` as PYTHONPATH and further variables of the environment."""
 
+    compile_librosa()
     script = Path(os.path.abspath(script))
 
     def code() -> None:

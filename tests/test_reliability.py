@@ -165,7 +165,7 @@ def call_until_interrupted(pipe: MelFusionPipeline, attempts: int) -> None:
             print("calling")
             while True:
                 # More steps of the picture than of the music: the signal falls into either stage.
-                run(pipe, photograph(attempt), "strings", 7, num_inversion_steps=40, num_inference_steps=40)
+                run(pipe, photograph(attempt), "strings", 7, num_inversion_steps=12, num_inference_steps=12)
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             assert not own_processors(pipe)
@@ -181,7 +181,7 @@ def test_ctrl_c_at_any_moment_leaves_a_usable_pipeline(pipe, tmp_path):
     try:
         for lines in range(1, 2 * attempts, 2):
             assert prints(child, printed, lines), printed.read_text()
-            time.sleep(chance.uniform(0.05, 1.5))
+            time.sleep(chance.uniform(0.02, 0.5))
             os.kill(child.pid, signal.SIGINT)
             # Python drops an interrupt that falls into a destructor; a user would press the keys again.
             while not prints(child, printed, lines + 1, seconds=60):
