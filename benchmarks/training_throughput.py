@@ -27,7 +27,7 @@ from untrained import untrained_components  # noqa: E402
 def plain_loss(objective: MelFusionObjective, batch: dict, step: int) -> torch.Tensor:
     """AudioLDM's own objective on the same batch: no picture."""
     pipe, draw = objective.pipe, objective.draw(batch["indices"], step)
-    latents, noise = objective._music_latents(batch["waveforms"], draw)
+    latents, noise = objective._music_latents(batch, draw)
     prompt_embeds, _ = pipe.encode_prompt(batch["captions"], do_classifier_free_guidance=False)
     noisy_latents = objective.scheduler.add_noise(latents, noise, draw.timesteps)
     noise_pred = pipe.unet(noisy_latents, draw.timesteps, None, class_labels=prompt_embeds.float()).sample
@@ -45,7 +45,7 @@ def seconds(loss: Callable[[int], torch.Tensor], objective: MelFusionObjective, 
 def picture_share(objective: MelFusionObjective, batch: dict) -> float:
     """Times the picture's part of a step alone: reading or noising, its UNet (not with features), the synapse."""
     draw = objective.draw(batch["indices"], 0)
-    latents, _ = objective._music_latents(batch["waveforms"], draw)
+    latents, _ = objective._music_latents(batch, draw)
     prompts = objective.prompts.read(batch["captions"], draw.keeps_text)
     start = time.perf_counter()
     with torch.no_grad():

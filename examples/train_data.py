@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -15,9 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch.utils.data import DataLoader, Sampler
 
+from melfusion_pipeline.caches import PreparedInputs
 from melfusion_pipeline.data import (
     COLUMNS,
     TripletDataset,
+    collate_triplets,
     examine_rows,
     format_problems,
     list_problems,
@@ -163,6 +165,11 @@ def reader(path: str, args: argparse.Namespace):
     )
 
 
+def read_sample(row: dict, read: Callable[..., dict], prepare: PreparedInputs, **arguments) -> dict:
+    """Reads and prepares a row; a function, because spawned workers cannot be sent a lambda."""
+    return prepare(read(row, **arguments))
+
+
 def loading(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     """How a `DataLoader` is to load: by workers, into memory that a GPU reads while it computes."""
     num_workers = args.dataloader_num_workers
@@ -176,12 +183,15 @@ def loading(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     return {"num_workers": num_workers, "pin_memory": accelerator.device.type == "cuda"}
 
 
-def make_loader(rows: Iterable[dict], args: argparse.Namespace, accelerator: Accelerator) -> DataLoader:
+def make_loader(
+    rows: Iterable[dict], args: argparse.Namespace, accelerator: Accelerator, prepare: PreparedInputs
+) -> DataLoader:
+    read = functools.partial(read_sample, read=reader(args.train_data, args), prepare=prepare)
     share = (args.train_batch_size, accelerator.process_index, accelerator.num_processes)
     if args.streaming:
         skips = {"skip_bad_rows": args.skip_bad_rows and args.train_data == args.dataset_name}
         sizes = {"seed": args.seed, "buffer_size": args.shuffle_buffer_size}
-        stream = TripletStream(rows, reader(args.train_data, args), *share, **sizes, **skips)
+        stream = TripletStream(rows, read, *share, **sizes, **skips)
         return DataLoader(stream, batch_size=None, **loading(args, accelerator))
     batches = GlobalBatches(len(rows), *share, args.seed)
     if len(rows) < batches.global_batch_size:
@@ -189,8 +199,8 @@ def make_loader(rows: Iterable[dict], args: argparse.Namespace, accelerator: Acc
             f"--train_data has {len(rows)} usable rows, fewer than one batch over all devices"
             f" ({batches.global_batch_size}): lower --train_batch_size."
         )
-    dataset = TripletDataset(rows, reader(args.train_data, args))
-    return DataLoader(dataset, batch_sampler=batches, **loading(args, accelerator))
+    options = {"batch_sampler": batches, "collate_fn": collate_triplets}
+    return DataLoader(TripletDataset(rows, read), **options, **loading(args, accelerator))
 
 
 def endless_batches(loader: DataLoader, position: Position, device: torch.device) -> Iterator[dict]:

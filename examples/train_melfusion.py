@@ -147,14 +147,14 @@ def make_picture_cache(
 
 def fill_picture_cache(cache: PictureCache, pictures: ImageFiles, accelerator: Accelerator) -> None:
     missing = len(cache.missing(pictures))
-    needed, free = cache.nbytes(missing), shutil.disk_usage(cache.folder).free
+    needed, free = cache.nbytes(missing), shutil.disk_usage(cache.files.folder).free
     accelerator.print(
         f"{missing} pictures of {len(pictures)} rows to invert: {needed / 2**20:.1f} MiB of"
-        f" {'keys and values' if isinstance(cache, ImageFeaturesCache) else 'trajectories'} in {cache.folder}"
+        f" {'keys and values' if isinstance(cache, ImageFeaturesCache) else 'trajectories'} in {cache.files.folder}"
     )
     if any(gather_object([needed > free])):
         raise ValueError(
-            f"--trajectory_cache {cache.folder} has {free / 2**30:.1f} GiB free, but {missing} pictures take"
+            f"--trajectory_cache {cache.files.folder} has {free / 2**30:.1f} GiB free, but {missing} pictures take"
             f" {needed / 2**30:.1f} GiB: give a folder on a larger disk"
             f"{', or leave --offload_image_side out' if isinstance(cache, ImageFeaturesCache) else ''}."
         )
@@ -214,7 +214,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator) -> State | None:
     optimizer = make_optimizer(objective, args, accelerator)
     steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
-    loader = make_loader(rows, args, accelerator)
+    loader = make_loader(rows, args, accelerator, objective.prepared_inputs())
     objective, optimizer = accelerator.prepare(objective, optimizer)
     state = State(args, accelerator, pipe, objective, optimizer, lr_scheduler, loader)
     state.validation_rows = validation_rows

@@ -12,12 +12,11 @@ import torch
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import gather_object, send_to_device
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import default_collate
 from train_data import data_root, reader
 from train_state import State, whole
 
 from melfusion_pipeline.audio import load_audio, save_audio
-from melfusion_pipeline.data import ImageFiles, locate, open_image
+from melfusion_pipeline.data import ImageFiles, collate_triplets, locate, open_image
 from melfusion_pipeline.plotting import plot_mel_spectrogram
 
 # The validation loss is the mean over this many fixed draws of timestep and noise a row.
@@ -76,7 +75,7 @@ def validation_losses(state: State) -> torch.Tensor:
 
 def mean_loss(state: State, samples: list[dict], synapse_scale: float = 1.0) -> torch.Tensor:
     """Gives each row's loss, `[B]`, as the mean over the validation's draws."""
-    batch = send_to_device(default_collate(samples), state.accelerator.device)
+    batch = send_to_device(collate_triplets(samples), state.accelerator.device)
     with state.accelerator.autocast():
         draws = [state.bare_objective.per_sample_loss(batch, draw, synapse_scale) for draw in range(VALIDATION_DRAWS)]
     return torch.stack(draws).mean(dim=0)

@@ -365,18 +365,44 @@ def waveform_to_mel(
 
     The first half of `waveform_to_latents`, with the same arguments and errors.
     """
+    frames_per_latent = 2 ** (len(vae.config.block_out_channels) - 1)
+    return prepare_mel(waveform, sampling_rate, frames_per_latent, vae.device, audio_length_in_s, spectrogram)
+
+
+def prepare_mel(
+    waveform: np.ndarray | torch.Tensor,
+    sampling_rate: int,
+    frames_per_latent: int,
+    device: torch.device | str = "cpu",
+    audio_length_in_s: float | None = None,
+    spectrogram: Spectrogram = Spectrogram(),
+) -> torch.Tensor:
+    """`waveform_to_mel` without the autoencoder, of which it needs two numbers.
+
+    Args:
+        waveform: These and what is not said here are the arguments of `waveform_to_latents`.
+        sampling_rate: likewise.
+        frames_per_latent: how many frames of a spectrogram become one of the latents.
+        device: where to compute.
+        audio_length_in_s: likewise.
+        spectrogram: likewise.
+
+    Returns:
+        `[B, frames, bands]`, float64, or float32 where the device has no other.
+    """
     waveform = check_waveform(waveform)
     check_sampling_rate(sampling_rate)
     if waveform.ndim > 3:
         raise ValueError(f"`waveform` must be [T], [C, T] or [B, C, T], but its shape is {list(waveform.shape)}.")
     if audio_length_in_s is not None and not (math.isfinite(audio_length_in_s) and audio_length_in_s > 0):
         raise ValueError(f"`audio_length_in_s` must be positive and finite, or None, but is {audio_length_in_s!r}.")
-    waveform = waveform.to(working_dtype(vae.device)).to(vae.device)
+    device = torch.device(device)
+    waveform = waveform.to(working_dtype(device)).to(device)
     waveform = resample(waveform[(None,) * (3 - waveform.ndim)].mean(dim=1), sampling_rate, spectrogram.sampling_rate)
     num_samples = waveform.shape[-1]
     if audio_length_in_s is not None:
         num_samples = round(audio_length_in_s * spectrogram.sampling_rate)
-    latent_hop = spectrogram.hop_length * 2 ** (len(vae.config.block_out_channels) - 1)
+    latent_hop = spectrogram.hop_length * frames_per_latent
     num_samples = math.ceil(num_samples / latent_hop) * latent_hop
     waveform = pad_or_cut(normalize_waveform(waveform[..., :num_samples]), num_samples)
     return log_mel_spectrogram(waveform, spectrogram)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,80 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .attention_melfusion import MAX_RECORDED_TOKENS
-from .audio import waveform_to_mel
+from .audio import prepare_mel, waveform_to_mel
 from .families_melfusion import pad_texts
 from .features_melfusion import ImageFeatures
 from .files_melfusion import atomic_write
 from .inversion_melfusion import ddim_walk, inversion_grid
 from .modeling_melfusion import decoder_layers
 from .waveforms_melfusion import Spectrogram
+
+
+class CacheFiles:
+    """The files of a cache, named after what they were made of; without the models, so that workers can be sent it.
+
+    Args:
+        folder: Where they lie; made if it does not exist.
+        fingerprint: Of the settings and models that make them.
+    """
+
+    def __init__(self, folder: str | os.PathLike, fingerprint: bytes) -> None:
+        self.folder, self.fingerprint = Path(folder), fingerprint
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._paths: dict[str, Path] = {}
+
+    def path(self, content: str | bytes) -> Path:
+        """Names the file of `content`, or of that of the file at this path, read once; it need not exist."""
+        if isinstance(content, bytes):
+            return self.folder / f"{hashlib.sha256(self.fingerprint + content).hexdigest()}.safetensors"
+        if content not in self._paths:
+            self._paths[content] = self.path(Path(content).read_bytes())
+        return self._paths[content]
+
+    def read(self, content: str | bytes, name: str) -> torch.Tensor | None:
+        """Reads the tensor `name` of the file of `content`, as `path` takes it; None if there is no such file."""
+        path = self.path(content)
+        return load_file(path)[name] if path.is_file() else None
+
+
+@dataclass
+class PreparedInputs:
+    """Reads or computes for a sample, where the sample is read, what the models would else wait for.
+
+    That is in a `DataLoader`'s worker, if it has some. Nothing here is a model, so that workers can be sent it.
+
+    Args:
+        spectrogram: The music autoencoder's.
+        frames_per_latent: How many of its frames become one of the latents.
+        trajectories: Of `TrajectoryCache.files`.
+        moments: Of `MusicLatentCache.files`; then there are no spectrograms.
+    """
+
+    spectrogram: Spectrogram
+    frames_per_latent: int
+    trajectories: CacheFiles | None = None
+    moments: CacheFiles | None = None
+
+    def __call__(self, sample: dict) -> dict:
+        """Prepares a sample.
+
+        Args:
+            sample: Of `read_triplet`.
+
+        Returns:
+            The sample and, where they are cached, its `trajectories` `[N, channels, height, width]` and `moments`
+            `[2 * channels, frames / 4, bands / 4]`, float16, else `mels` `[frames, bands]`, float32.
+        """
+        waveform, found = sample["waveforms"], {}
+        if self.trajectories is not None:
+            found["trajectories"] = self.trajectories.read(sample["image_files"], "latents")
+        if self.moments is not None:
+            found["moments"] = self.moments.read(waveform.numpy().tobytes(), "moments")
+        else:
+            rate = self.spectrogram.sampling_rate
+            mels = prepare_mel(waveform, rate, self.frames_per_latent, spectrogram=self.spectrogram)
+            found["mels"] = mels[0].float()
+        return sample | {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 class PictureCache:
@@ -43,12 +110,10 @@ class PictureCache:
     def __init__(
         self, folder: str | os.PathLike, pipe: DiffusionPipeline, num_inversion_steps: int, image_size: int
     ) -> None:
-        self.folder, self.pipe, self.image_size = Path(folder), pipe, image_size
+        self.pipe, self.image_size = pipe, image_size
         self.levels = inversion_grid(pipe.image_scheduler, num_inversion_steps)[:-1]
         self.timesteps = torch.tensor([level.timestep for level in self.levels])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._fingerprint = self._hash_settings()
-        self._paths: dict[str, Path] = {}
+        self.files = CacheFiles(folder, self._hash_settings())
 
     def _hash_settings(self) -> bytes:
         settings = [self.levels, self.image_size, self.pipe.image_scheduler.config.prediction_type]
@@ -57,11 +122,7 @@ class PictureCache:
 
     def path(self, image_file: str | bytes) -> Path:
         """Names the file of the picture `image_file`, a path or encoded; it need not exist."""
-        if isinstance(image_file, bytes):
-            return self.folder / f"{hashlib.sha256(self._fingerprint + image_file).hexdigest()}.safetensors"
-        if image_file not in self._paths:
-            self._paths[image_file] = self.path(Path(image_file).read_bytes())
-        return self._paths[image_file]
+        return self.files.path(image_file)
 
     def missing(self, image_files: Sequence[str | bytes], process_index: int = 0, num_processes: int = 1) -> list[int]:
         """Lists what is not there yet, each content once.
@@ -126,18 +187,24 @@ class TrajectoryCache(PictureCache):
         walk = ddim_walk(self.pipe.image_unet, latents, prompt_embeds, self.levels, prediction_type)
         return torch.stack([latents, *(reached for _, reached in walk)], dim=1).to(torch.float16).cpu()
 
-    def read(self, image_files: Sequence[str | bytes], timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(
+        self, image_files: Sequence[str | bytes], timesteps: torch.Tensor, trajectories: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads each picture's latents nearest to its timestep; what is missing is computed first.
 
         Args:
             image_files: B pictures, as paths or encoded.
             timesteps: `[B]`.
+            trajectories: Theirs, `[B, N, channels, height, width]`, where `PreparedInputs` has read them already.
 
         Returns:
-            `z_{t_i}^I`, float32 `[B, channels, height, width]`, and `t_i` `[B]`, both on the CPU.
+            `z_{t_i}^I`, float32 `[B, channels, height, width]`, and `t_i` `[B]`, both on the CPU unless
+            `trajectories` lie elsewhere.
         """
-        self.build(image_files)
         steps = self.nearest(timesteps)
+        if trajectories is not None:
+            return trajectories[range(len(steps)), steps].float(), self.timesteps[steps]
+        self.build(image_files)
         latents = []
         for image_file, step in zip(image_files, steps.tolist()):
             with safe_open(self.path(image_file), framework="pt") as file:
@@ -255,30 +322,32 @@ class MusicLatentCache:
     def __init__(
         self, folder: str | os.PathLike, vae: AutoencoderKL, spectrogram: Spectrogram = Spectrogram()
     ) -> None:
-        self.folder, self.vae, self.spectrogram = Path(folder), vae, spectrogram
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.vae, self.spectrogram = vae, spectrogram
         # Files of before the spectrogram was a choice are AudioLDM's.
         other = b"" if spectrogram == Spectrogram() else repr(spectrogram).encode()
-        self._fingerprint = hash_weights(vae) + other
+        self.files = CacheFiles(folder, hash_weights(vae) + other)
 
     @torch.no_grad()
-    def encode(self, waveforms: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+    def encode(
+        self, waveforms: torch.Tensor, generators: list[torch.Generator], moments: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Gives scaled music latents, sampled from the posteriors.
 
         Args:
             waveforms: `[B, samples]` at the spectrogram's sampling rate.
             generators: One a row, of the samples.
+            moments: Of the posteriors, `[B, 2 * channels, frames / 4, bands / 4]`, if `PreparedInputs` has read them.
 
         Returns:
             `[B, channels, frames / 4, bands / 4]`, float32.
         """
-        posteriors = [self._posterior(waveform) for waveform in waveforms.cpu()]
-        posterior = DiagonalGaussianDistribution(torch.stack(posteriors).to(self.vae.device, torch.float32))
+        if moments is None:
+            moments = torch.stack([self._posterior(waveform) for waveform in waveforms.cpu()])
+        posterior = DiagonalGaussianDistribution(moments.to(self.vae.device, torch.float32))
         return posterior.sample(generators) * self.vae.config.scaling_factor
 
     def _posterior(self, waveform: torch.Tensor) -> torch.Tensor:
-        digest = hashlib.sha256(self._fingerprint + waveform.numpy().tobytes()).hexdigest()
-        path = self.folder / f"{digest}.safetensors"
+        path = self.files.path(waveform.numpy().tobytes())
         if not path.is_file():
             rate = self.spectrogram.sampling_rate
             mel = waveform_to_mel(waveform, rate, self.vae, spectrogram=self.spectrogram)

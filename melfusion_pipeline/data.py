@@ -19,7 +19,7 @@ import soundfile
 import torch
 from diffusers.utils import logging
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from .audio import EmbeddedFile, load_audio, load_random_crop
 from .files_melfusion import atomic_write
@@ -242,7 +242,7 @@ def read_triplet(
     Returns:
         `pixel_values` `[3, S, S]` (unless `prepare_image` is None), `waveforms` `[T]` (of `load_random_crop`),
         `captions`, `indices` (row number) and `image_files` (the picture's path, or its encoded bytes where it lies
-        inside of the set), named as in the batch that torch's `default_collate` makes of them.
+        inside of the set), named as in the batch that `collate_triplets` makes of them.
 
     Raises:
         ValueError: if the row cannot be read, naming its number.
@@ -263,6 +263,12 @@ def read_triplet(
     if prepare_image:
         sample["pixel_values"] = prepare_image(image, generator=generator if random_image_crops else None)
     return sample
+
+
+def collate_triplets(samples: list[dict]) -> dict:
+    """Makes a batch of samples of `read_triplet`; what was added to some of them only is left out."""
+    shared = set.intersection(*map(set, samples))
+    return default_collate([{name: sample[name] for name in sample if name in shared} for sample in samples])
 
 
 class ImageFiles(Sequence):

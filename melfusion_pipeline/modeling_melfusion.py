@@ -18,7 +18,7 @@ def pooling_matrix(inputs: int, outputs: int) -> torch.Tensor:
     return F.adaptive_avg_pool1d(torch.eye(inputs), outputs).T.contiguous()
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def _pooling_matrix_as(inputs: int, outputs: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """`pooling_matrix` where it is needed again and again, for a few sizes; of use to training as well."""
     with torch.inference_mode(False), torch.device("cpu"):
@@ -284,7 +284,8 @@ class VisualSynapse(ModelMixin, ConfigMixin):
             states = _pooling_matrix_as(states.shape[-2], num_tokens, states.device, states.dtype) @ states
         if self.config.projection == "linear":
             return getattr(self, projections)[index](states)
-        return F.linear(states, pooling_matrix(states.shape[-1], self.config.music_widths[index]).to(states))
+        width = self.config.music_widths[index]
+        return F.linear(states, _pooling_matrix_as(states.shape[-1], width, states.device, states.dtype))
 
 
 def _key_width(model: ModelMixin, layer: str) -> int | None:

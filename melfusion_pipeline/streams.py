@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusers.utils import logging
-from torch.utils.data import IterableDataset, default_collate, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .data import collate_triplets
 
 if TYPE_CHECKING:
     import datasets
@@ -164,7 +166,7 @@ class TripletStream(IterableDataset):
             if (batch - self.first_batch) % num_workers == number:
                 samples = self._read(rows[self.own_rows])
                 states = {lane: lanes[lane][0].state | {"layout": self.layout} for lane in own}
-                yield default_collate(samples) | {"lanes": states}
+                yield collate_triplets(samples) | {"lanes": states}
 
     def _open(self, number: int) -> tuple[Lane, Iterator]:
         shards = list(range(number, self.rows.num_shards, self.num_lanes))

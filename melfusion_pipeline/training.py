@@ -13,8 +13,8 @@ from torch import nn
 
 from .adapters_melfusion import lora_layers
 from .attention_melfusion import KVBlenders, use_attn_processors
-from .audio import waveform_to_latents
-from .caches import ImageFeaturesCache, MusicLatentCache, PromptCache, TrajectoryCache
+from .audio import encode_mel, waveform_to_mel
+from .caches import ImageFeaturesCache, MusicLatentCache, PreparedInputs, PromptCache, TrajectoryCache
 from .encoding_melfusion import encode_pixels
 from .families_melfusion import text_lengths
 from .inversion_melfusion import record_keys_and_values
@@ -217,7 +217,8 @@ class MelFusionObjective(nn.Module):
 
         Args:
             batch: `waveforms` `[B, samples]` at `pipe.sampling_rate`, `captions` (B texts), `indices` `[B]`, and
-                `image_files` (with trajectories or features) or `pixel_values` `[B, 3, S, S]` in [-1, 1] (without).
+                `image_files` (with trajectories or features) or `pixel_values` `[B, 3, S, S]` in [-1, 1] (without);
+                what `PreparedInputs` has added to all samples is taken as it is.
             step: The optimisation step, which keys the randomness.
             synapse_scale: Multiplies every alpha, as in a call of the pipeline; 0 takes the pictures away.
 
@@ -232,7 +233,7 @@ class MelFusionObjective(nn.Module):
                 "The blending processors are not installed: open `objective.attached()` around training."
             )
         draw = self.draw(batch["indices"], step)
-        latents, noise = self._music_latents(batch["waveforms"], draw)
+        latents, noise = self._music_latents(batch, draw)
         timesteps = draw.timesteps.to(latents.device)
         noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)
         prompts = self.prompts.read(batch["captions"], draw.keeps_text)
@@ -248,26 +249,33 @@ class MelFusionObjective(nn.Module):
         return losses * self._snr_weights(timesteps)
 
     @torch.no_grad()
-    def _music_latents(self, waveforms: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
+    def _music_latents(self, batch: dict, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
+        spectrogram = Spectrogram.of(self.pipe)
         if self.music_latents is not None:
-            latents = self.music_latents.encode(waveforms, draw.generators)
+            latents = self.music_latents.encode(batch["waveforms"], draw.generators, batch.get("moments"))
         else:
-            spectrogram = Spectrogram.of(self.pipe)
-            latents = waveform_to_latents(
-                waveforms[:, None],
-                spectrogram.sampling_rate,
-                self.pipe.vae,
-                sample_mode="sample",
-                generator=draw.generators,
-                spectrogram=spectrogram,
-            ).float()
+            mels = batch.get("mels")
+            if mels is None:
+                rate = spectrogram.sampling_rate
+                mels = waveform_to_mel(batch["waveforms"][:, None], rate, self.pipe.vae, spectrogram=spectrogram)
+            latents = encode_mel(mels, self.pipe.vae, "sample", draw.generators, spectrogram.num_mel_bands).float()
         return latents, randn_tensor(latents.shape, draw.generators, latents.device)
+
+    def prepared_inputs(self) -> PreparedInputs:
+        """Gives what prepares samples for this objective where they are read."""
+        return PreparedInputs(
+            Spectrogram.of(self.pipe),
+            self.pipe.vae_scale_factor,
+            self.trajectories and self.trajectories.files,
+            self.music_latents and self.music_latents.files,
+        )
 
     @torch.no_grad()
     def _image_latents(self, batch: dict, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
         device = self.pipe.image_unet.device
         if self.trajectories is not None:
-            latents, timesteps = self.trajectories.read(batch["image_files"], draw.timesteps)
+            arguments = (batch["image_files"], draw.timesteps, batch.get("trajectories"))
+            latents, timesteps = self.trajectories.read(*arguments)
             return latents.to(device), timesteps.to(device)
         latents = encode_pixels(self.pipe.image_vae, batch["pixel_values"].to(device))
         noise = randn_tensor(latents.shape, draw.generators, device)

@@ -1,5 +1,8 @@
 """What never changes in training, computed once: trajectories and features of pictures, encodings of clips."""
 
+import pickle
+import shutil
+
 import pytest
 import torch
 from conftest import assert_near, photograph
@@ -7,6 +10,7 @@ from test_training import STEPS, batch, make_objective, training_pipe  # noqa: F
 
 from melfusion_pipeline.audio import waveform_to_latents
 from melfusion_pipeline.caches import ImageFeaturesCache, MusicLatentCache, TrajectoryCache
+from melfusion_pipeline.data import collate_triplets
 from melfusion_pipeline.inversion_melfusion import record_keys_and_values
 
 
@@ -43,7 +47,7 @@ def test_the_cache_is_keyed_by_content_settings_and_models_and_is_resumable(trai
     # A process that begins when another is done has its own half to do all the same.
     cache.build(paths, process_index=1, num_processes=2)
     assert cache.missing(paths) == []
-    files = sorted(cache.folder.iterdir())
+    files = sorted(cache.files.folder.iterdir())
     assert len(files) == 4 and {file.suffix for file in files} == {".safetensors"}
     payload = sum(file.stat().st_size for file in files)
     assert cache.nbytes(4) == 4 * STEPS * 4 * 8 * 8 * 2 and payload - cache.nbytes(4) < 4 * 200
@@ -104,7 +108,7 @@ def test_with_cached_features_training_needs_no_model_of_the_picture(training_pi
     cache = ImageFeaturesCache(tmp_path / "features", pipe, STEPS, 32)
     assert cache.missing(files) == [0, 1, 2, 3]
     cache.build(files, batch_size=3)
-    size = sum(file.stat().st_size for file in cache.folder.iterdir())
+    size = sum(file.stat().st_size for file in cache.files.folder.iterdir())
     assert cache.missing(files) == [] and 0 < size - cache.nbytes(4) < 4 * 2000
     features = pipe.encode_image(photograph(1, 40, 36), num_inversion_steps=STEPS, image_size=32)
     kept = cache.features(files[1])
@@ -120,3 +124,24 @@ def test_with_cached_features_training_needs_no_model_of_the_picture(training_pi
     photograph(9, 40, 36).save(tmp_path / "new.png")
     with pytest.raises(FileNotFoundError):
         cache.read([str(tmp_path / "new.png")], torch.tensor([0]))
+
+
+def test_what_a_worker_has_prepared_is_not_read_again(training_pipe, batch, tmp_path):  # noqa: F811
+    """A worker is sent no model; folders and clips are gone when the batch comes, and the losses are the same."""
+    samples = [{name: values[index] for name, values in batch.items()} for index in range(4)]
+    objective = make_objective(training_pipe, tmp_path)
+    for name in ("moments", "mels"):
+        if name == "moments":
+            objective.music_latents = MusicLatentCache(tmp_path / "music", training_pipe.vae)
+        with torch.no_grad(), objective.attached():
+            expected = objective.per_sample_loss(batch, 3)
+            sent = pickle.dumps(objective.prepared_inputs())
+            assert len(sent) < 10_000
+            prepared = [pickle.loads(sent)(sample) for sample in samples]
+            loaded = collate_triplets(prepared)
+            assert loaded.keys() - batch.keys() == {"trajectories", name} and len(loaded["trajectories"][0]) == STEPS
+            assert collate_triplets([samples[0], *prepared[1:]]).keys() == batch.keys()
+            shutil.rmtree(objective.trajectories.files.folder)
+            assert_near(objective.per_sample_loss(loaded | {"waveforms": batch["waveforms"] * torch.nan}, 3), expected)
+            objective.trajectories.files.folder.mkdir()
+            objective.music_latents = None

@@ -10,6 +10,7 @@ from diffusers import ModelMixin
 from untrained import audioldm2_unet, music_unet, picture_unet, text_unet
 
 from melfusion_pipeline import VisualSynapse
+from melfusion_pipeline.modeling_melfusion import _pooling_matrix_as
 
 BASE_MODELS = json.loads((Path(__file__).parents[1] / "benchmarks" / "base_models.json").read_text())
 
@@ -185,7 +186,10 @@ def test_an_untrained_synapse_equals_average_pooling():
             assert fitted.shape == (3, 2, tokens, unet.get_submodule(layer).to_k.out_features)
     source = keys[linear.config.image_layers[0]]
     direct = F.adaptive_avg_pool2d(source, (num_tokens[0], linear.config.music_widths[0]))
+    before = _pooling_matrix_as.cache_info()
     assert_near(pool(keys, values, num_tokens)[0][linear.config.music_layers[0]], direct)
+    after = _pooling_matrix_as.cache_info()
+    assert after.misses == before.misses and after.hits >= before.hits + 2 * len(num_tokens)
 
 
 def test_scale_multiplies_every_alpha_or_one_each():
