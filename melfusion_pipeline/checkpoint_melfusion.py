@@ -1,5 +1,6 @@
 """A checkpoint's files: composing from base models, loading, verifying, saving with the code that loads them."""
 
+import functools
 import importlib
 import inspect
 import json
@@ -255,9 +256,8 @@ class CheckpointMixin:
 
         Arguments are those of `ConfigMixin.save_config`; the files go into `save_directory`.
         """
-        pipeline_file = Path(__file__).with_name("pipeline_melfusion.py")
-        for file in (pipeline_file, *get_relative_import_files(pipeline_file)):
-            shutil.copyfile(file, Path(save_directory, Path(file).name))
+        for file in _code_files():
+            shutil.copyfile(file, Path(save_directory, file.name))
         for name, (module, _) in _own_components(self.config).items():
             folder = Path(save_directory, name)
             folder.mkdir(exist_ok=True)
@@ -294,6 +294,13 @@ class CheckpointMixin:
             if installed in sys.modules:
                 config[name] = [installed, class_name]
         return loaded
+
+
+@functools.cache
+def _code_files() -> list[Path]:
+    """The pipeline's file and those that it imports, which diffusers names once for every import of each."""
+    pipeline_file = Path(__file__).with_name("pipeline_melfusion.py")
+    return sorted({pipeline_file, *map(Path, get_relative_import_files(pipeline_file))})
 
 
 def _own_components(config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

@@ -63,6 +63,8 @@ def imported_objects_stay() -> None:
     """Spares the collector, and processes copied from this one, half a million objects of the libraries imported."""
     gc.collect()
     gc.freeze()
+    # By default it comes after every seven hundred new objects, and a model has thousands.
+    gc.set_threshold(10_000)
 
 
 def rounding_error(expected, steps: int = 1000) -> float:
