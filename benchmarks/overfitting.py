@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from melfusion_pipeline import MelFusionPipeline, VisualSynapse
-from melfusion_pipeline.adapters_melfusion import ATTENTION, add_lora
+from melfusion_pipeline.adapters_melfusion import LORA_TARGETS, add_lora
 from melfusion_pipeline.audio import waveform_to_latents
 from melfusion_pipeline.caches import TrajectoryCache
 from melfusion_pipeline.metrics import bootstrap_interval
@@ -178,7 +178,9 @@ def main() -> None:
     parser.add_argument("--train", choices=("unet", "lora", "synapse"), required=True)
     parser.add_argument("--family", choices=tuple(FAMILIES), default="audioldm", help="of the music model")
     parser.add_argument("--steps", type=int, help="instead of 1,500 (with the music UNet), 4,000 (synapse alone)")
-    parser.add_argument("--lora_targets", nargs="+", default=ATTENTION, help="ends of the names of the LoRA's layers")
+    parser.add_argument(
+        "--lora_targets", nargs="+", default=LORA_TARGETS, help="ends of the names of the LoRA's layers"
+    )
     parser.add_argument("--output", type=Path, default=Path("build"))
     parser.add_argument("--lora_rate", type=float, help="learning rate of the LoRA, instead of 1e-2")
     args = parser.parse_args()

@@ -9,7 +9,7 @@ from diffusers.optimization import SchedulerType
 from model_card import is_repo_id
 from train_checkpoints import POSITION, is_checkpoint
 
-from melfusion_pipeline.adapters_melfusion import ATTENTION
+from melfusion_pipeline.adapters_melfusion import LORA_TARGETS
 from melfusion_pipeline.data import COLUMNS
 from melfusion_pipeline.training import TRAINABLE
 
@@ -76,7 +76,7 @@ def add_training_arguments(group) -> None:
     )
     group.add_argument("--rank", type=int, help="of the LoRA (default: 8, or that of the one beside --synapse)")
     group.add_argument("--lora_alpha", type=float, help="LoRA's strength is lora_alpha / rank (default: the rank)")
-    group.add_argument("--lora_targets", nargs="+", help=f"ends of layers' names (default: {' '.join(ATTENTION)})")
+    group.add_argument("--lora_targets", nargs="+", help=f"ends of layers' names (default: {' '.join(LORA_TARGETS)})")
     group.add_argument("--train_batch_size", type=int, default=4, help="on each device")
     group.add_argument("--gradient_accumulation_steps", type=int, default=1)
     group.add_argument("--max_train_steps", type=int, default=10_000)

@@ -38,7 +38,7 @@ from train_state import State, whole
 from train_validation import validate
 
 from melfusion_pipeline import MelFusionPipeline
-from melfusion_pipeline.adapters_melfusion import ATTENTION, add_lora, lora_layers, lora_of_unet
+from melfusion_pipeline.adapters_melfusion import LORA_TARGETS, add_lora, lora_layers, lora_of_unet
 from melfusion_pipeline.audio import Spectrogram
 from melfusion_pipeline.caches import ImageFeaturesCache, MusicLatentCache, PictureCache, TrajectoryCache
 from melfusion_pipeline.data import ImageFiles
@@ -75,7 +75,7 @@ def prepare_lora(args: argparse.Namespace, pipe: MelFusionPipeline) -> None:
     if args.train != "lora":
         return
     if found is None:
-        add_lora(pipe.unet, args.rank or 8, args.lora_alpha, args.lora_targets or ATTENTION, args.seed)
+        add_lora(pipe.unet, args.rank or 8, args.lora_alpha, args.lora_targets or LORA_TARGETS, args.seed)
     elif args.lora_targets or args.rank not in (None, found.r) or args.lora_alpha not in (None, found.lora_alpha):
         raise ValueError(
             f"The LoRA beside --synapse has rank {found.r} and alpha {found.lora_alpha}: to go on with it, leave"

@@ -36,6 +36,9 @@ PREFIX = "unet."
 SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
 # The attention's projections, of queries, keys, values and output.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+# The convolutions of the residual blocks too: the outermost level of AudioLDM's UNet has no attention, and with the
+# attention alone a LoRA falls short of what the whole UNet learns (benchmarks/README.md, "Training").
+LORA_TARGETS = (*ATTENTION, "conv1", "conv2", "conv_shortcut")
 
 
 class AdapterMixin(LoraBaseMixin):
@@ -275,7 +278,7 @@ def add_lora(
     unet: ModelMixin,
     rank: int = 8,
     lora_alpha: float | None = None,
-    targets: Iterable[str] = ATTENTION,
+    targets: Iterable[str] = LORA_TARGETS,
     seed: int = 0,
     adapter_name: str = "default",
 ) -> None:

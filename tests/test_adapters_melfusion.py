@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from untrained import FAMILIES, music_unet
 
 from melfusion_pipeline import MelFusionPipeline
-from melfusion_pipeline.adapters_melfusion import ATTENTION, add_lora, lora_layers
+from melfusion_pipeline.adapters_melfusion import LORA_TARGETS, add_lora, lora_layers
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -91,9 +91,9 @@ def test_saved_loaded_fused_and_unfused_sounds_the_same_and_unloaded_as_before(f
     assert_same(play(pipe), plain)
 
 
-def test_convolutions_can_be_targets(tmp_path):
+def test_other_layers_can_be_targets(tmp_path):
     pipe = make_pipe()
-    add_lora(pipe.unet, 2, targets=[*ATTENTION, "conv1", "conv_shortcut", "conv_out", "ff.net.0.proj"])
+    add_lora(pipe.unet, 2, targets=[*LORA_TARGETS, "conv_out", "ff.net.0.proj"])
     torch.manual_seed(0)
     for layer in lora_layers(pipe.unet):
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
@@ -187,8 +187,11 @@ def test_gradients_reach_only_the_adapter():
     trainable = {name for name, parameter in pipe.unet.named_parameters() if parameter.requires_grad}
     assert trainable and all(".lora_A." in name or ".lora_B." in name for name in trainable)
     wrapped = {name.split(".lora_")[0] for name in trainable}
-    attention = {name for name, _ in make_pipe().unet.named_modules() if name.endswith(ATTENTION)}
-    assert wrapped == attention
+    targets = {name for name, _ in make_pipe().unet.named_modules() if name.endswith(LORA_TARGETS)}
+    assert wrapped == targets
+    # Each level of the UNet has some, with attention or without.
+    levels = [f"down_blocks.{level}." for level in range(len(pipe.unet.down_blocks))]
+    assert all(any(name.startswith(level) for name in wrapped) for level in levels)
 
 
 def test_half_precision_stays_half(lora):
@@ -282,8 +285,8 @@ def test_a_small_repository_gives_synapse_and_adapter_to_base_models(lora, tmp_p
 
 def test_what_is_no_adapter_of_this_unet_is_refused_and_leaves_it_as_it_was(lora, tmp_path):
     tensors = load_file(lora / FILE)
-    first = next(iter(tensors))
-    half = next(name for name in tensors if ".lora_B." in name)
+    first = next(name for name in tensors if name.endswith(".to_q.lora_A.weight"))
+    half = first.replace("lora_A", "lora_B")
     for changed, message in (
         ({}, "holds no tensors"),
         (tensors | {half: torch.full_like(tensors[half], torch.nan)}, "must be a tensor of finite floating-point"),

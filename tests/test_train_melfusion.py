@@ -179,7 +179,7 @@ def test_a_lora_is_trained_resumed_fused_into_the_pipeline_and_kept_beside_the_s
             for key, value in trained.unet.state_dict().items()
             if not torch.equal(value, base.unet.state_dict()[key])
         }
-        assert changed and all(re.search(r"attn\d\.to_(q|k|v|out\.0)\.weight$", key) for key in changed)
+        assert changed and all(re.search(r"(\.to_(q|k|v|out\.0)|\.conv\w+)\.weight$", key) for key in changed)
         composed = MelFusionPipeline.from_base_models(*models.values(), synapse=tmp_path / name)
         assert composed.unet.peft_config["default_0"].lora_alpha == 4
         composed.register_to_config(default_window_length_in_s=None)
