@@ -17,6 +17,9 @@ FADE_IN_S = 0.03
 # this is the one with which the level changed at 96 joins as much as in real clips at random places.
 LEVEL_IN_S = 1.0
 MAX_LEVEL_CHANGE = 4.0
+# What is made at the level of dense music, whose peaks are low, would rise above full scale: this far around such a
+# peak it is turned down.
+LIMIT_IN_S = 0.02
 
 
 def as_waveforms(
@@ -164,7 +167,8 @@ class GivenAudio:
         """Puts what was made at the level of the given music, and the given samples back around the stretches.
 
         A stretch begins and ends with a short equal-power fade inside of it: from the samples that stood there, or,
-        where there were none, from the last ones before, backwards.
+        where there were none, from the last ones before, backwards. No peak of a stretch is above full scale, or above
+        the given music's highest where that is louder: a file of the piece need not be turned down as a whole.
 
         Args:
             made: `[pieces * variations, samples]`, at AudioLDM's level.
@@ -175,6 +179,7 @@ class GivenAudio:
         given = self.waveforms.repeat_interleave(len(made) // len(self.waveforms), dim=0)
         offset = given.mean(dim=-1, keepdim=True)
         scale = (given - offset).abs().amax(dim=-1, keepdim=True) / PEAK
+        ceiling = given.abs().amax(dim=-1, keepdim=True).clamp(min=1.0)
         if not self.stretches:
             return made * scale + offset
         # Levels are compared where the music has AudioLDM's: what counts as silent does not depend on its own.
@@ -186,7 +191,10 @@ class GivenAudio:
             angle = self._fade(first, last) * (math.pi / 2)
             old = joined[:, first:last] - offset
             new = made[:, first:last] * self._gain(normalized, made, index) * scale
-            joined[:, first:last] = old * angle.cos() + new * angle.sin() + offset
+            new = _limit(new, ceiling, round(LIMIT_IN_S * self.sampling_rate))
+            mixed = old * angle.cos() + new * angle.sin() + offset
+            # Within a fade, two loud signals may still add up.
+            joined[:, first:last] = torch.minimum(torch.maximum(mixed, -ceiling), ceiling)
         return joined
 
     def _fade(self, first: int, last: int) -> torch.Tensor:
@@ -213,6 +221,18 @@ class GivenAudio:
         if not gains:
             return made.new_ones(1)
         return torch.lerp(gains[0].log(), gains[-1].log(), torch.linspace(0, 1, last - first)).exp()
+
+
+def _limit(samples: torch.Tensor, ceiling: torch.Tensor, reach: int) -> torch.Tensor:
+    """Turns `[batch, samples]` down around what is above `ceiling` `[batch, 1]`, from `2 * reach` samples away."""
+    needed = (ceiling / samples.abs().clamp(min=1e-9)).clamp(max=1)
+    if (needed == 1).all():
+        return samples
+    padded = F.pad(needed[:, None], (2 * reach, 2 * reach), value=1.0)
+    lowest = -F.max_pool1d(-padded, 2 * reach + 1, stride=1)
+    weights = torch.hann_window(2 * reach + 1, periodic=False, dtype=samples.dtype)
+    # A mean of gains each of which suffices: it suffices too.
+    return samples * F.conv1d(lowest, (weights / weights.sum())[None, None])[:, 0]
 
 
 def _level_ratio(given: torch.Tensor, made: torch.Tensor) -> torch.Tensor:

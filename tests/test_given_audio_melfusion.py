@@ -316,6 +316,21 @@ def test_how_loud_the_given_music_is_changes_nothing_but_that():
     torch.testing.assert_close(joined - 2, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("peak", [0.9, 1.1])
+def test_beside_dense_music_what_is_made_stays_below_full_scale(peak):
+    """The level of a square wave needs peaks of several times its height of music that decays."""
+    time = torch.arange(RATE) / RATE
+    given = peak * torch.sin(2 * math.pi * 110 * time).sign()[None]
+    made = 0.5 * (torch.sin(2 * math.pi * 440 * time) * torch.exp(-20 * (time % 0.25)))[None]
+    joined = GivenAudio(given, RATE, RATE, ((4000, 12000),)).join(made)
+    assert torch.equal(joined[:, :4000], given[:, :4000]) and torch.equal(joined[:, 12000:], given[:, 12000:])
+    assert joined.abs().max() <= max(peak, 1.0)
+    # Turned down around its peaks, not clipped.
+    new = joined[0, 4800:11200]
+    assert (new.abs() > 0.999 * new.abs().max()).float().mean() < 0.01
+    assert level(joined)[0, 3:7].max() > 0.3
+
+
 def test_stretches_may_be_arrays_and_arrays_may_lie_in_memory_as_they_like(pipe):
     stretches = {"mask_start_in_s": [0.2, 0.8], "mask_end_in_s": [0.4, 1.0]}
     kwargs = {"prompt": "a", "num_inference_steps": 1}
