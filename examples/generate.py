@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import get_device
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.audio import load_audio, save_audio
+from melfusion_pipeline.data import open_image
 from melfusion_pipeline.extractors import ClapExtractor, ClipExtractor
 from melfusion_pipeline.plotting import plot_mel_spectrogram
 from melfusion_pipeline.waveforms_melfusion import Spectrogram, log_mel_spectrogram
@@ -59,6 +60,11 @@ def parse_arguments() -> argparse.Namespace:
         "--output", type=Path, default=Path("build"), help="folder for WAV and PNG, named after the files"
     )
     arguments = parser.parse_args()
+    for flag, path in (("--image", arguments.image), ("--audio", arguments.audio)):
+        if path is not None and not path.is_file():
+            parser.error(f"{flag} {path} is no file")
+    if arguments.output.exists() and not arguments.output.is_dir():
+        parser.error(f"--output {arguments.output} is a file: give a folder, in which WAV and PNG are named")
     if (arguments.best_of > 1) != (arguments.clap_model is not None):
         parser.error("--best_of above 1 and --clap_model need each other")
     if (arguments.clip_model is None) != (arguments.imsm_captions is None):
@@ -82,6 +88,14 @@ def given_music(arguments: argparse.Namespace) -> dict[str, Any]:
         "mask_end_in_s": ends,
         "audio_length_in_s": arguments.audio_length_in_s if arguments.go_on_to is None else arguments.go_on_to,
     }
+
+
+def name_result(arguments: argparse.Namespace) -> str:
+    """Names WAV and PNG after the files they were made of and after what was done: neither takes the other's place."""
+    if arguments.audio is None:
+        return arguments.image.stem
+    done = "anew" if arguments.make_anew else "variation"
+    return f"{arguments.audio.stem}-{arguments.image.stem}-{'longer' if arguments.go_on_to is not None else done}"
 
 
 def load_judges(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -114,9 +128,11 @@ def choose(
 @torch.no_grad()
 def main() -> None:
     arguments = parse_arguments()
+    image = open_image(arguments.image)
+    music = given_music(arguments)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     pipe = MelFusionPipeline.from_pretrained(arguments.checkpoint)
     pipe.to(get_device())
-    image = PIL.Image.open(arguments.image)
     judges = load_judges(arguments) if arguments.best_of > 1 else None
     waveforms = pipe(
         image,
@@ -128,16 +144,13 @@ def main() -> None:
         num_waveforms_per_prompt=arguments.best_of,
         generator=torch.Generator().manual_seed(arguments.seed),
         output_type="pt",
-        **given_music(arguments),
+        **music,
     ).audios
     waveform = waveforms[0]
     if judges is not None:
         waveform = choose(waveforms, pipe.sampling_rate, image, arguments.prompt, judges)
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    # Named after both, so that music that was made here is not overwritten by a variation of it.
-    named_after = [path.stem for path in (arguments.audio, arguments.image) if path is not None]
-    wav = arguments.output / f"{'-'.join(named_after)}.wav"
+    wav = arguments.output / f"{name_result(arguments)}.wav"
     save_audio(wav, waveform, pipe.sampling_rate)
     title = f"{arguments.image.stem}: {arguments.prompt}"
     spectrogram = Spectrogram.of(pipe)

@@ -172,6 +172,8 @@ def stretch_bounds(start: float, duration: float | None, sampling_rate: int, num
 @contextmanager
 def open_with_libsndfile(path: str | os.PathLike | EmbeddedFile) -> Iterator[soundfile.SoundFile]:
     """Opens the sound file `path`; what libsndfile refuses while it is open is a `ValueError` that names the file."""
+    if not isinstance(path, EmbeddedFile) and not Path(path).is_file():
+        raise ValueError(f"{str(path)!r} cannot be read as a sound file: there is no such file.")
     try:
         with soundfile.SoundFile(BytesIO(path.content) if isinstance(path, EmbeddedFile) else path) as file:
             yield file

@@ -54,7 +54,8 @@ def test_generate_takes_music_that_is_there_and_keeps_the_best(pipe, tmp_path):
     def make(*arguments):
         result = run_script(*script, *arguments, folder=tmp_path)
         assert result.returncode == 0, result.stderr
-        return soundfile.read(tmp_path / "song-forest_stream.wav", dtype="float32")[0], result.stdout
+        path = result.stdout.split("wrote ")[1].split(" (")[0]
+        return soundfile.read(path, dtype="float32")[0], result.stdout
 
     anew, _ = make("--make_anew", "0.25:0.5", "1:1.5")
     differs = np.abs(anew - given) > 2**-14
@@ -62,10 +63,11 @@ def test_generate_takes_music_that_is_there_and_keeps_the_best(pipe, tmp_path):
     assert not differs[:4000].any() and not differs[8000:16000].any() and not differs[24000:].any()
     longer, _ = make("--go_on_to", "2.5")
     assert len(longer) == 40000 and np.abs(longer[:32000] - given).max() < 2**-14
-    # What was made here may be varied, and is then still there.
-    made = (tmp_path / "song-forest_stream.wav").read_bytes()
-    make("--audio", tmp_path / "song-forest_stream.wav", "--strength", "0.5")
-    assert (tmp_path / "song-forest_stream.wav").read_bytes() == made
+    # What was made here may be varied, and is then still there, like what else was made of the song.
+    made = (tmp_path / "song-forest_stream-anew.wav").read_bytes()
+    make("--audio", tmp_path / "song-forest_stream-anew.wav", "--make_anew", "1:1.5")
+    assert (tmp_path / "song-forest_stream-anew.wav").read_bytes() == made
+    assert (tmp_path / "song-forest_stream-longer.wav").is_file()
     best, printed = make("--strength", "0.5", "--best_of", "3", *models, "--imsm_captions", tmp_path / "captions.txt")
     assert len(best) == 32000 and printed.count("IMSM") == 3 and printed.count(", kept\n") == 1
     for arguments, message in (
@@ -83,15 +85,19 @@ def test_no_flag_of_generate_is_passed_over(tmp_path, monkeypatch, capsys):
         return generate.parse_arguments()
 
     judges = ("--clip_model", "clip", "--imsm_captions", tmp_path / "captions.txt")
+    song = tmp_path / "song.wav"
+    soundfile.write(song, polyphonic_music(16000, 0.5), 16000)
     for arguments, message in (
-        (("--audio", "song.wav", "--go_on_to", "3", "--audio_length_in_s", "4"), "in place of --audio_length_in_s"),
+        (("--audio", tmp_path / "none.wav"), "none.wav is no file"),
+        (("--image", tmp_path), f"--image {tmp_path} is no file"),
+        (("--output", song), "song.wav is a file: give a folder"),
+        (("--audio", song, "--go_on_to", "3", "--audio_length_in_s", "4"), "in place of --audio_length_in_s"),
         (judges, "--clip_model needs --best_of above 1"),
     ):
         with pytest.raises(SystemExit):
             parse(*arguments)
         assert message in " ".join(capsys.readouterr().err.split())
-    soundfile.write(tmp_path / "song.wav", polyphonic_music(16000, 0.5), 16000)
-    given = generate.given_music(parse("--audio", tmp_path / "song.wav", "--go_on_to", "0"))
+    given = generate.given_music(parse("--audio", song, "--go_on_to", "0"))
     assert given["audio_length_in_s"] == 0
     # Before CLAP is loaded, and before any music is made.
     (tmp_path / "captions.txt").write_text("a\n\n")
