@@ -255,7 +255,10 @@ def _check_num_audios(num_audios: int, num_pieces: int, is_storyboard: bool) -> 
 def _check_audible(audio: torch.Tensor) -> None:
     silent = (~normalize_waveform(audio).any(dim=-1)).nonzero()[:, 0].tolist()
     if silent:
-        raise ValueError(f"`audio` is silent (piece {silent[0]}): leave it out to make music of the prompt alone.")
+        raise ValueError(
+            f"`audio` is silent (piece {silent[0]}) where its channels are averaged: leave it out to make music of the"
+            " prompt alone, or pass one channel of it."
+        )
 
 
 def _check_strength(pipe: Any, strength: float | None, num_inference_steps: int) -> None:
@@ -299,7 +302,8 @@ def _check_masks(
         if not -tolerance <= start < end - tolerance <= given_length_in_s:
             raise ValueError(
                 f"`mask_start_in_s` and `mask_end_in_s` must ascend within `audio`, from 0 to {given_length_in_s:g} s,"
-                f" got {start} and {end}. What lies beyond comes of a longer `audio_length_in_s`."
+                f" by a sample at least, got {start} and {end}. What lies beyond comes of a longer"
+                " `audio_length_in_s`."
             )
     for (_, end), (start, _) in pairwise(stretches):
         if start < end:
@@ -618,7 +622,8 @@ def _check_integer(name: str, value: Any, minimum: int, maximum: int | None = No
 def _check_real(name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    # Compared instead of converted: an int may be larger than any float.
-    if not max(minimum, -sys.float_info.max) <= value <= min(maximum, sys.float_info.max):
-        limits = "" if minimum == -math.inf else f" and in [{minimum:g}, {maximum:g}]"
+    # Compared instead of converted: an int may be larger than any float. But a narrow float would narrow the limits.
+    compared = float(value) if isinstance(value, np.floating) else value
+    if not max(minimum, -sys.float_info.max) <= compared <= min(maximum, sys.float_info.max):
+        limits = "" if minimum == -math.inf else f" and in [{minimum:.5g}, {maximum:.5g}]"
         raise ValueError(f"`{name}` must be finite{limits}, got {value}.")

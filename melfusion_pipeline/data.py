@@ -363,6 +363,8 @@ def push_triplets(
 def _published_record(row: dict, data_root: PathLike) -> dict:
     """Gives a row of `load_rows` as `push_triplets` publishes it; a `ValueError` names a row with a problem."""
     try:
+        if missing := [name for name in (*COLUMNS, "problem") if name not in row]:
+            raise ValueError(f"{', '.join(missing)} missing: pass the rows of `load_rows` or `load_set`.")
         if row["problem"]:
             raise ValueError(row["problem"])
         image, audio = (locate(row[column], data_root) for column in ("image", "audio"))

@@ -45,6 +45,11 @@ def as_waveforms(
         ValueError: If it is empty, too short, too long, not finite or of another shape, or its rate is missing or
             none.
     """
+    if not isinstance(audio, (np.ndarray, torch.Tensor)):
+        raise TypeError(
+            f"`audio` must be a numpy array or a torch tensor, but is a {type(audio).__name__}: `load_audio` of"
+            " `melfusion_pipeline.audio` gives that of a file, and its rate."
+        )
     if audio_sampling_rate is None:
         raise ValueError(
             "`audio_sampling_rate` must come with `audio`: its rate in Hz, `pipe.sampling_rate` for music of `pipe`."

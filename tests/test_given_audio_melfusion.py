@@ -337,6 +337,10 @@ def test_stretches_may_be_arrays_and_arrays_may_lie_in_memory_as_they_like(pipe)
     expected = run(pipe, **kwargs, **stretches)
     arrays = {name: kind(bounds) for (name, bounds), kind in zip(stretches.items(), (np.array, torch.tensor))}
     assert_near(run(pipe, **kwargs, **arrays), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        numbers = {name: [np.float32(bound) for bound in bounds] for name, bounds in stretches.items()}
+        assert_near(run(pipe, **kwargs, **numbers), expected)
     for same in (
         GIVEN.flip(0).numpy()[::-1],
         GIVEN.numpy().astype(">f4"),
@@ -373,6 +377,11 @@ REFUSED = {
     ),
     "samples first": ({"audio": GIVEN[:, None].expand(-1, 2)}, "`audio` has more channels than samples"),
     "four axes": ({"audio": GIVEN[(None,) * 3]}, "`audio` must be [samples], [channels, samples] or a batch"),
+    "channels that cancel out": ({"audio": torch.stack([GIVEN, -GIVEN])}, "silent (piece 0) where its channels"),
+    "a file's name": (
+        {"audio": "song.mp3", "audio_sampling_rate": None},
+        "`audio` must be a numpy array or a torch tensor, but is a str: `load_audio`",
+    ),
     "no rate": ({"audio_sampling_rate": None}, "`audio_sampling_rate` must come with `audio`"),
     "rate 0": ({"audio_sampling_rate": 0}, "`audio_sampling_rate` must be a positive whole number"),
     "an absurd rate": ({"audio_sampling_rate": 10**400}, "`audio` must last 0.08 to 3600 s, got 0 s"),
@@ -387,6 +396,7 @@ REFUSED = {
     "mask outside": ({"mask_start_in_s": 1.0, "mask_end_in_s": 1.3}, "must ascend within `audio`, from 0 to 1.2 s"),
     "mask before": ({"mask_start_in_s": -0.1, "mask_end_in_s": 0.3}, "must ascend within `audio`"),
     "empty mask": ({"mask_start_in_s": 0.5, "mask_end_in_s": 0.5}, "must ascend within `audio`"),
+    "less than a sample": ({"mask_start_in_s": 0.5, "mask_end_in_s": 0.50001}, "by a sample at least"),
     "no masks": ({"mask_start_in_s": [], "mask_end_in_s": []}, "`audio` alone says not what to make of it"),
     "masks overlap": ({"mask_start_in_s": [0.1, 0.4], "mask_end_in_s": [0.5, 0.9]}, "must not overlap"),
     "masks unsorted": ({"mask_start_in_s": [0.6, 0.1], "mask_end_in_s": [0.9, 0.5]}, "must not overlap, and ascend"),

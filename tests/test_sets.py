@@ -141,6 +141,11 @@ def test_stretches_of_long_files_are_cut_before_they_are_pushed(forms, hub):
         assert (expected["waveforms"] - found["waveforms"]).abs().max() < 2e-4
 
 
+def test_rows_that_nobody_has_read_are_not_pushed(tmp_path):
+    with pytest.raises(ValueError, match="Row 0: start, duration, .*problem missing: pass the rows of `load_rows`"):
+        push_triplets([{"image": "0.png", "audio": "0.wav", "caption": "a"}], "tester/tunes", tmp_path)
+
+
 def test_what_only_later_rows_have_is_pushed_too(forms, hub):
     first = forms["jsonl"]
     rows = list(islice(open_form(first), 3))
