@@ -157,6 +157,9 @@ def print_goal() -> None:
         "and a lightweight VAE for the picture": tiny[0].guided(10, end=0.5),
         "instead, 384 px": smaller.guided(10, end=0.5),
         "384 px and the lightweight VAE": tiny[1].guided(10, end=0.5),
+        "6 steps instead of 10": two.guided(6, end=0.5),
+        "6 steps, lightweight VAE": tiny[0].guided(6, end=0.5),
+        "6 steps, 384 px": smaller.guided(6, end=0.5),
     }
     print("\n| a fresh picture of 512 px and a prompt, AudioLDM-S | TFLOP | of text-to-music, 50 steps |")
     print("|---|---|---|")

@@ -23,13 +23,12 @@ SETTINGS = {
     "1 inversion step": {"num_inversion_steps": 1},
     "5 inversion steps": {"num_inversion_steps": 5},
     "10 inversion steps": {"num_inversion_steps": 10},
-    "5 steps": {"num_inference_steps": 5},
-    "7 steps": {"num_inference_steps": 7},
-    "15 steps": {"num_inference_steps": 15},
-    "25 steps": {"num_inference_steps": 25},
+    **{f"{steps} steps": {"num_inference_steps": steps} for steps in (3, 4, 5, 6, 7, 10, 15, 25)},
     "no picture guidance": {"image_guidance_end": 0.0},
     "guided up to 0.3": {"image_guidance_end": 0.3},
     "guided up to 1": {"image_guidance_end": 1.0},
+    # As 384 are to the 512 of Stable Diffusion.
+    "48 px": {"image_size": 48},
 }
 SHOWN = ("instrument", "onset_rate ~ arousal", "drum_presence ~ arousal", "register ~ valence")
 BATCH_SIZE = 8
