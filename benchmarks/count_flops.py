@@ -149,17 +149,16 @@ def print_goal() -> None:
         "the paper to the letter, 50 steps": ten.to_the_letter(50),
         "text-to-music, 50 steps": ten.text_to_music(50),
         "text-to-music, 10 steps": ten.text_to_music(10),
+        "text-to-music, 6 steps": ten.text_to_music(6),
         "25 steps of three branches, ten inversion steps: the small checkpoint's first setting": ten.guided(25, False),
         "10 steps": ten.guided(10, False),
         "and branches of one text share down and mid blocks (exact)": ten.guided(10),
         "and the picture guides in the first half": ten.guided(10, end=0.5),
         "and two inversion steps": two.guided(10, end=0.5),
-        "and a lightweight VAE for the picture": tiny[0].guided(10, end=0.5),
-        "instead, 384 px": smaller.guided(10, end=0.5),
-        "384 px and the lightweight VAE": tiny[1].guided(10, end=0.5),
-        "6 steps instead of 10": two.guided(6, end=0.5),
-        "6 steps, lightweight VAE": tiny[0].guided(6, end=0.5),
-        "6 steps, 384 px": smaller.guided(6, end=0.5),
+        "and 6 steps": two.guided(6, end=0.5),
+        "and a lightweight VAE for the picture": tiny[0].guided(6, end=0.5),
+        "instead, 384 px": smaller.guided(6, end=0.5),
+        "384 px and the lightweight VAE": tiny[1].guided(6, end=0.5),
     }
     print("\n| a fresh picture of 512 px and a prompt, AudioLDM-S | TFLOP | of text-to-music, 50 steps |")
     print("|---|---|---|")
