@@ -1,5 +1,6 @@
 """The third tab of the web demo: music of yours is varied, made anew in a stretch, or goes on, to a picture."""
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +38,11 @@ def check_music(path: str | None, refuse: Callable[[str], Exception]) -> float:
     if seconds > MAX_SECONDS:
         raise refuse(f"{Path(path).name} lasts {seconds:.0f} s, more than {MAX_SECONDS:.0f} s. Cut it first.")
     return seconds
+
+
+def slider_limits(seconds: float) -> tuple[float, float]:
+    """Where stretches of music end at most, and where it goes on from at least, in whole hundredths of a second."""
+    return math.floor(seconds * 100) / 100, min(math.ceil(seconds * 100) / 100, MAX_SECONDS)
 
 
 def choice_arguments(choice: str, start: float, end: float, length: float, strength: float) -> dict[str, Any]:
@@ -135,6 +141,8 @@ def responder(
         seconds, prompt = check_music(path, refuse), (prompt or "").strip()
         if len(prompt) > max_characters:
             raise refuse(f"The sentence is longer than {max_characters} characters.")
+        if seed is None:
+            raise refuse("The seed is empty: write a whole number, such as 0.")
         made = {ANEW: (start, end), GO_ON: (seconds, length), VARY: (0.0, seconds)}[choice]
         arguments = choice_arguments(choice, start, end, length, strength)
         # Gradio copies the files to its own cache before it comes back for more.
@@ -186,10 +194,10 @@ def draw_tab(
     def measure(path: str | None) -> list:
         if path is None:
             return [gr.skip()] * 3
-        seconds = round(check_music(path, refuse), 2)
-        third = round(seconds / 3, 2)
-        bounds = [gr.update(value=value, maximum=seconds) for value in (third, 2 * third)]
-        return [*bounds, gr.update(value=min(2 * seconds, MAX_SECONDS), minimum=seconds)]
+        most, least = slider_limits(check_music(path, refuse))
+        third = round(most / 3, 2)
+        bounds = [gr.update(value=value, maximum=most) for value in (third, 2 * third)]
+        return [*bounds, gr.update(value=min(2 * least, MAX_SECONDS), minimum=least)]
 
     quietly = {"show_progress": "hidden", "api_visibility": "private"}
     choice.change(show, choice, [start, end, length, strength], **quietly)

@@ -93,6 +93,8 @@ def responder(
         paths, prompt = check_pictures(paths, max_pixels, refuse), (prompt or "").strip()
         if not prompt or len(prompt) > max_characters:
             raise refuse(f"Say in 1 to {max_characters} characters what should play.")
+        if seed is None:
+            raise refuse("The seed is empty: write a whole number, such as 0.")
         words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40] or "slideshow"
         # Gradio copies the file to its own cache before it comes back for more.
         with tempfile.TemporaryDirectory() as folder:

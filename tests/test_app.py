@@ -268,6 +268,12 @@ def test_a_slide_show_is_made_over_http_in_the_order_of_the_files(served, pipe, 
             make(*arguments.pop("names"), **arguments)
 
 
+@pytest.mark.parametrize("seconds", [5.996, 5.991, 6.0, 119.999, 120.0])
+def test_sliders_end_within_the_music_and_go_on_from_its_end(seconds):
+    most, least = app_given_audio.slider_limits(seconds)
+    assert seconds - 0.01 < most <= seconds <= least < seconds + 0.01 and least <= app_given_audio.MAX_SECONDS
+
+
 def test_music_of_the_user_is_changed_over_http(served, pipe, tmp_path):
     _, address = served
     pipe.register_to_config(default_num_inference_steps=2)
@@ -279,10 +285,10 @@ def test_music_of_the_user_is_changed_over_http(served, pipe, tmp_path):
     (tmp_path / "made").mkdir()
     client = gradio_client.Client(address, verbose=False, download_files=tmp_path / "made")
 
-    def change(choice, name="song.wav", start=0.4, end=0.8, prompt="a harp"):
+    def change(choice, name="song.wav", start=0.4, end=0.8, prompt="a harp", seed=3):
         file = None if name is None else gradio_client.handle_file(tmp_path / name)
         arguments = (file, choice, start, end, 2.0, 0.5, gradio_client.handle_file(tmp_path / "picture.png"), prompt)
-        changed, download, drawing = client.predict(*arguments, 3, api_name="/change_music")
+        changed, download, drawing = client.predict(*arguments, seed, api_name="/change_music")
         assert Path(download["value"]).name == "song-3.wav" and PIL.Image.open(drawing["value"]).size == (880, 400)
         return soundfile.read(changed, dtype="float32")[0]
 
@@ -301,6 +307,7 @@ def test_music_of_the_user_is_changed_over_http(served, pipe, tmp_path):
         ({"name": "long.flac"}, "long.flac lasts 121 s, more than 120 s"),
         ({"start": 0.8, "end": 0.4}, "must ascend within `audio`"),
         ({"prompt": "a" * 301}, "longer than 300 characters"),
+        ({"seed": None}, "The seed is empty: write a whole number"),
     ):
         with pytest.raises(gradio_client.exceptions.AppError, match=message):
             change(app_given_audio.ANEW, **arguments)
