@@ -134,6 +134,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     missing = [str(path) for path in (args.results, *(path for path, _ in args.sample)) if path and not is_file(path)]
     if missing:
         parser.error(f"these files do not exist: {', '.join(missing)}")
+    args.results = read_results(parser, args.results) if args.results else None
     if not is_repo_id(args.hub_model_id):
         parser.error(f"--hub_model_id must be like user/name, but is {args.hub_model_id!r}")
     validate_repo_id(args.hub_model_id)
@@ -163,6 +164,16 @@ def check_learned(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         )
 
 
+def read_results(parser: argparse.ArgumentParser, path: Path) -> dict:
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(results["systems"], dict) or "triplets" not in results["settings"]:
+            raise KeyError("triplets")
+    except (ValueError, KeyError, TypeError) as error:
+        parser.error(f"--results {path} is no results.json of evaluate.py: {error!r}")
+    return results
+
+
 def is_file(path: str | Path) -> bool:
     return Path(path).is_file()
 
@@ -173,7 +184,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pipe = MelFusionPipeline.from_pretrained(args.checkpoint)
     args.output.mkdir(parents=True, exist_ok=True)
     samples = make_samples(pipe.to(get_device()), args)
-    pipe.to("cpu", DTYPES[args.dtype])
+    pipe.to("cpu")
+    # Diffusers warns of each component that is asked for a dtype, also for the one that it has.
+    if {part.dtype for part in pipe.components.values() if isinstance(part, torch.nn.Module)} != {DTYPES[args.dtype]}:
+        pipe.to(DTYPES[args.dtype])
     sizes = save_learned(args.output, args.checkpoint, pipe) if args.only_learned else None
     if sizes is None:
         pipe.save_pretrained(args.output)
@@ -186,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         datasets=args.dataset,
         samples=samples,
         credits=args.credits,
-        results=json.loads(args.results.read_text()) if args.results else None,
+        results=args.results,
         sizes=sizes,
     )
     write_model_card(args.output, pipe, publication)

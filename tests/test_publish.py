@@ -14,12 +14,14 @@ import torch
 import yaml
 from conftest import assert_near, generator, photograph, rounding_error
 from copies import untrained_components
+from diffusers.models import modeling_utils
 from huggingface_hub import ModelCard
 from processes import forget_the_package, start
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.adapters_melfusion import add_lora, lora_layers, lora_of_unet
 
+ROOT = Path(__file__).parents[1]
 STEPS = ("--num_inference_steps", "2", "--audio_length_in_s", "0.64")
 FACTS = {"trained": "the synapse", "starting from": "/home/somebody/old-pipeline and maker/music", "steps": 6}
 SCORES = {"FAD": [1.25, 1.0, 1.5], "IMSM matched": [0.5, 0.25, 0.75]}
@@ -166,6 +168,14 @@ def test_only_what_may_be_published_is_uploaded_of_a_training_folder(trained, hu
     assert hub.repositories["you/raw"].private
 
 
+def test_diffusers_does_not_warn_of_the_dtype_that_the_weights_have(trained, tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr(modeling_utils.logger, "warning", lambda *message: warned.append(message))
+    given = ["--checkpoint", str(trained), "--hub_model_id", "you/a", "--output", str(tmp_path / "a"), "--dry_run"]
+    publish.main(given)
+    assert not warned
+
+
 def test_half_precision_halves_the_weights(arguments, trained, tmp_path):
     given = [text for text in arguments if text not in ("--sample", "--results")]
     given = given[: given.index("--output") + 2]
@@ -183,6 +193,8 @@ def test_half_precision_halves_the_weights(arguments, trained, tmp_path):
     "changes, message",
     [
         (["--sample", "nowhere.jpg", "drums"], "these files do not exist: nowhere.jpg"),
+        (["--results", __file__], "is no results.json of evaluate.py: JSONDecodeError"),
+        (["--results", str(ROOT / "model_index.json")], "is no results.json of evaluate.py: KeyError"),
         (["--results", "nowhere.json"], "these files do not exist: nowhere.json"),
         (["--hub_model_id", "mine"], "must be like user/name, but is 'mine'"),
         (["--hub_model_id", "you/mine/weights"], "must be like user/name"),
