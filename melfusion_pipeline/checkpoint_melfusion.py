@@ -81,7 +81,7 @@ class CheckpointMixin:
         which runs no code; a warning names these files. `use_safetensors=True` refuses them.
 
         A call then takes the scheduler of the music model and 50 steps, a quarter of what AudioLDM's authors take by
-        default. That ten steps of a multistep solver (DPM-Solver++) are enough was measured with the small checkpoint
+        default. That six steps of a multistep solver (DPM-Solver++) are enough was measured with the small checkpoint
         only; with AudioLDM's weights it remains to be tried.
 
         Args:

@@ -87,7 +87,7 @@ def test_the_music_follows_the_pictures(pipe, clips):
 
 
 def test_a_call_without_arguments_is_the_evaluated_setting(pipe, clips):
-    evaluated = {"num_inference_steps": 10, "num_inversion_steps": 2, "guidance_scale": 5.0}
+    evaluated = {"num_inference_steps": 6, "num_inversion_steps": 2, "guidance_scale": 5.0}
     assert type(pipe.scheduler) is DPMSolverMultistepScheduler
     given = make(pipe, "fog", PROMPTS[0], image_guidance_scale=8.0, image_guidance_end=0.5, **evaluated)[1]
     assert np.array_equal(clips["fog", PROMPTS[0]][1], given)
