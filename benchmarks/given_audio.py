@@ -38,6 +38,7 @@ from train_classifier import labels_of, marginals  # noqa: E402
 RATE, CLIP = 16000, 81920
 STRENGTHS, STEPS = (0.04, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0), 25
 STRETCH, LONGER, VARIATIONS = (2.0, 4.0), 30.0, 8
+UNGUIDED = {"guidance_scale": 1.0, "image_guidance_scale": 1.0}
 PARTS = ("variations", "stretches", "choosing", "going_on")
 
 
@@ -223,13 +224,13 @@ def measure_stretches(music: Music, judge: Judge, clips: int) -> None:
 
 
 def measure_choosing(music: Music, judge: Judge, components: Path, clips: int) -> None:
-    """The best of eight, chosen by CLAP and IMSM, against the first; judged by them, and by what did not choose."""
+    """The best of eight, chosen by CLAP and IMSM, against the first and, by what did not choose, against all eight."""
     clap, clip = (
         extractor.from_pretrained(components / name)
         for name, extractor in (("clap", ClapExtractor), ("clip", ClipExtractor))
     )
     captions, rows = mood_texts()[0], music.rows[:clips]
-    scores, pairs = [], []
+    scores, pairs, eights, chosen = [], [], [], []
     for index, row in enumerate(tqdm(rows, desc="eight of each")):
         made = music.make("eight", index, row["image"], num_waveforms_per_prompt=VARIATIONS)
         picture = PIL.Image.open(music.data / row["image"])
@@ -237,18 +238,23 @@ def measure_choosing(music: Music, judge: Judge, components: Path, clips: int) -
         best = best_first(found)[0]
         scores.append([[values[0], values[best]] for values in found.values()])
         pairs.append((made[0], made[best]))
+        eights += list(made)
+        chosen.append(best)
     print(f"\nbest of {VARIATIONS} against the first, {clips} captions and pictures of their own")
     for name, values in zip(("CLAP", "IMSM"), np.array(scores).transpose(1, 0, 2)):
         show(f"{name} (which chose), first", values[:, 0])
         show(f"{name} (which chose), best minus first", values[:, 1] - values[:, 0])
     truth = labels_of(rows)
-    first, best = (judge([pair[which] for pair in pairs]) for which in (0, 1))
-    for name, told, chosen, true in zip(("instrument", "mood bin"), first, best, (truth // 9, truth % 9)):
-        right = [(one.argmax(dim=1) == true).numpy().astype(float) for one in (told, chosen)]
-        likely = [one.gather(1, true[:, None])[:, 0].numpy() for one in (told, chosen)]
-        show(f"classifier hears the {name}, first", right[0])
-        show(f"classifier hears the {name}, best minus first", right[1] - right[0])
-        show(f"log-probability of the {name}, best minus first", likely[1] - likely[0])
+    heard = [told.unflatten(0, (-1, VARIATIONS)) for told in judge(eights)]
+    for name, told, true in zip(("instrument", "mood bin"), heard, (truth // 9, truth % 9)):
+        likely = told.gather(2, true[:, None, None].expand(-1, VARIATIONS, 1))[..., 0]
+        right = told.argmax(dim=2) == true[:, None]
+        for what, values in (("classifier hears", right.double()), ("log-probability of", likely.double())):
+            values = values.numpy()
+            best = values[range(len(rows)), chosen]
+            show(f"{what} the {name}, all", values.mean(axis=1))
+            show(f"{what} the {name}, best minus first", best - values[:, 0])
+            show(f"{what} the {name}, best minus all", best - values.mean(axis=1))
     arousal = [row["arousal"] for row in rows]
     for which, name in enumerate(("first", "best")):
         rates = [onset_rate(pair[which], RATE) for pair in pairs]
@@ -268,30 +274,44 @@ def chroma(waveform: np.ndarray) -> np.ndarray:
     return (notes - notes.mean()) / np.linalg.norm(notes - notes.mean())
 
 
+def measure_keys(music: Music, clips: int) -> None:
+    """Do generated clips have a key of their own? Two of each caption and picture, with the guidance and without."""
+    print(f"\nchroma correlation in {clips} generated clips of 5.12 s")
+    for name, scales in (("guided", {}), ("unguided", UNGUIDED)):
+        keys = []
+        for row in tqdm(range(clips), desc=f"keys, {name}"):
+            made = music.make(f"keys_{name}", row, music.rows[row]["image"], num_waveforms_per_prompt=2, **scales)
+            keys.append([chroma(half) for one in made for half in np.array_split(one, 2)])
+        show(f"{name}: halves of a clip", [np.dot(first, second) for first, second, _, _ in keys])
+        show("halves of two clips of one caption and picture", [np.dot(key[0], key[3]) for key in keys])
+
+
 def measure_going_on(music: Music, judge: Judge, clips: int) -> None:
     """From 5 to 30 s: key and instrument of what goes on against the given part, beside unrelated pieces."""
-    given, further = [music.given(row) for row in range(clips)], []
-    for row in tqdm(range(clips), desc="going on"):
-        arguments = {"audio": given[row], "audio_sampling_rate": RATE, "audio_length_in_s": LONGER}
-        made = music.make("longer", row, music.rows[row]["image"], **arguments)[0]
-        assert np.array_equal(made[: len(given[row])], given[row])
-        further.append(made[len(given[row]) :])
+    given = [music.given(row) for row in range(clips)]
+    keys, heard = np.array([chroma(one) for one in given]), judge.instruments(given)
     print(f"\n{clips} clips go on to {LONGER} s")
-    keys = np.array([chroma(one) for one in given])
-    halves = [(chroma(one[: len(one) // 2]), chroma(one[len(one) // 2 :])) for one in given]
-    show("chroma correlation of the given parts' halves", [first @ second for first, second in halves])
-    for name, seconds in (("the first 2.5 s", 2.5), ("all", LONGER)):
-        correlations = np.array([chroma(between(one, 0, seconds)) for one in further]) @ keys.T
-        own = np.diagonal(correlations)
-        others = (correlations.sum(axis=1) - own) / (clips - 1)
-        show(f"chroma correlation of {name} with the given part", own)
-        show("with other pieces' given parts", others)
-        show("difference", own - others)
-    parts = [judge.instruments([one[start * RATE :][: 5 * RATE] for one in further]) for start in (0, 10, 19)]
-    heard = judge.instruments(given)
-    for name, part in zip(("first", "middle", "last"), parts):
-        show(f"instrument of the {name} five seconds is the given part's", part == heard)
+    halves = [[chroma(half) for half in np.array_split(one, 2)] for one in given]
+    show("chroma correlation of the given parts' halves", [np.dot(*pair) for pair in halves])
     show("instruments of two given parts are the same", (heard[:, None] == heard).mean(axis=1) - 1 / clips)
+    for folder, scales in (("longer", {}), ("longer_unguided", UNGUIDED)):
+        print(f"{folder}: {scales or 'the defaults'}")
+        further = []
+        for row in tqdm(range(clips), desc=folder):
+            arguments = {"audio": given[row], "audio_sampling_rate": RATE, "audio_length_in_s": LONGER, **scales}
+            made = music.make(folder, row, music.rows[row]["image"], **arguments)[0]
+            assert np.array_equal(made[: len(given[row])], given[row])
+            further.append(made[len(given[row]) :])
+        for name, seconds in (("the first 2.5 s", 2.5), ("all", LONGER)):
+            correlations = np.array([chroma(between(one, 0, seconds)) for one in further]) @ keys.T
+            own = np.diagonal(correlations)
+            others = (correlations.sum(axis=1) - own) / (clips - 1)
+            show(f"chroma correlation of {name} with the given part", own)
+            show("with other pieces' given parts", others)
+            show("difference", own - others)
+        parts = [judge.instruments([one[start * RATE :][: 5 * RATE] for one in further]) for start in (0, 10, 19)]
+        for name, part in zip(("first", "middle", "last"), parts):
+            show(f"instrument of the {name} five seconds is the given part's", part == heard)
 
 
 def main() -> None:
@@ -306,6 +326,7 @@ def main() -> None:
     if "choosing" in arguments.parts:
         measure_choosing(music, judge, arguments.components, arguments.chosen)
     if "going_on" in arguments.parts:
+        measure_keys(music, arguments.longer)
         measure_going_on(music, judge, arguments.longer)
 
 
