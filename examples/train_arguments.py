@@ -148,7 +148,7 @@ def find_problems(args: argparse.Namespace) -> Iterator[str]:
     for name in ("train_data", "validation_data"):
         path = getattr(args, name)
         if path is not None and not Path(path).is_file():
-            yield f"--{name} {path} does not exist"
+            yield f"--{name} {path} {'is a folder: see --dataset_name' if Path(path).is_dir() else 'does not exist'}"
     if args.resume_from_checkpoint not in (None, "latest") and not is_checkpoint(Path(args.resume_from_checkpoint)):
         yield (
             f"--resume_from_checkpoint {args.resume_from_checkpoint} holds no {POSITION}, so it is no checkpoint of"

@@ -26,6 +26,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         OSError: If the folder does not exist or cannot be written to.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}, make it.")
     # A folder, because only its owner may read a file that `tempfile` makes, and it would stay so under its new name.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         temporary = Path(folder, path.name)

@@ -273,7 +273,9 @@ def parse_field(record: dict, column: str, name: str, decimal_mark: str = ".") -
         value = ", ".join(text.strip() for text in value if text.strip())
     if value is None or value == "":
         if column in ("image", "audio", "caption"):
-            raise ValueError(f"`{name}` is missing in {record!r:.80}")
+            has_others = isinstance(record, dict) and name not in record
+            hint = f": `columns`, or --{column}_column, names another" if has_others else ""
+            raise ValueError(f"`{name}` is missing in {record!r:.80}{hint}")
     elif column in ("start", "duration"):
         is_number = isinstance(value, str | int | float) and not isinstance(value, bool)
         value = value.replace(decimal_mark, ".") if isinstance(value, str) else value

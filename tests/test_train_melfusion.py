@@ -233,6 +233,7 @@ WRONG = {
     "offloaded noising": ({"offload_image_side": True, "image_latents": "noising"}, "needs --image_latents inversion"),
     "offloaded stream": ({"offload_image_side": True, "streaming": True}, "cannot be used with --streaming"),
     "no data": ({"train_data": "nowhere.jsonl"}, "does not exist"),
+    "data in a folder": ({"train_data": "."}, "--train_data . is a folder: see --dataset_name"),
     "no steps": ({"max_train_steps": 0}, "--max_train_steps must be above 0"),
     "NaN rate": ({"learning_rate": "nan"}, "--learning_rate must be above 0"),
     "split": ({"validation_split": "test"}, "--validation_split needs --validation_data"),
