@@ -60,6 +60,20 @@ def workspace(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def finished(workspace, tmp_path_factory) -> Path:
+    """A training of six steps with a checkpoint after three."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    train(workspace, output)
+    return output
+
+
+def validation_flags(workspace: Path) -> dict:
+    """Seven rows are trained on, and the eighth is to validate on."""
+    split = {"split_column": "part", "train_split": "train", "validation_split": "test"}
+    return {"validation_data": workspace / "train.jsonl", "num_validation_samples": 1} | split
+
+
 def arguments(workspace: Path, output: Path, **flags) -> list[str]:
     flags = {
         "pretrained_model_name_or_path": workspace / "pipeline",
@@ -93,6 +107,12 @@ def losses(output: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (output / "losses.jsonl").read_text().splitlines()]
 
 
+def leave_at(finished: Path, output: Path, step: int) -> None:
+    """Copies a training as it was after a step: later checkpoints and the whole pipeline are not there yet."""
+    late = [path.name for path in list_checkpoints(finished) if int(path.name.partition("-")[2]) > step]
+    shutil.copytree(finished, output, ignore=shutil.ignore_patterns(*late, "model_index.json"))
+
+
 def play(pipe: MelFusionPipeline) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     kwargs = {"num_inference_steps": 2, "num_inversion_steps": 3, "generator": generator()}
@@ -100,15 +120,15 @@ def play(pipe: MelFusionPipeline) -> np.ndarray:
 
 
 def test_training_saves_a_pipeline_that_plays_differently_and_knows_how_it_was_trained(workspace, tmp_path):
-    flags = {"validation_data": workspace / "train.jsonl", "validation_steps": 6, "num_validation_samples": 1}
-    flags |= {"split_column": "part", "train_split": "train", "validation_split": "test"}
+    flags = validation_flags(workspace) | {"validation_steps": 6}
     train(workspace, tmp_path, use_ema=True, gradient_accumulation_steps=2, report_to="tensorboard", **flags)
     trained = MelFusionPipeline.from_pretrained(tmp_path)
     untrained = MelFusionPipeline.from_pretrained(workspace / "pipeline")
     assert trained.synapse.alphas.abs().min() > 0
     assert not np.array_equal(play(trained), play(untrained))
+    before = untrained.unet.state_dict()
     for name, tensor in trained.unet.state_dict().items():
-        assert torch.equal(tensor, untrained.unet.state_dict()[name])
+        assert torch.equal(tensor, before[name])
     config = trained.synapse.config
     assert (config.image_latents, config.num_inversion_steps, config.image_size) == ("inversion", 3, 32)
     card = (tmp_path / "README.md").read_text()
@@ -119,9 +139,7 @@ def test_training_saves_a_pipeline_that_plays_differently_and_knows_how_it_was_t
 def test_a_resumed_run_is_the_uninterrupted_one(workspace, tmp_path):
     flags = {"use_ema": True, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "train_batch_size": 3, "train": "unet"}
     whole = train(workspace, tmp_path / "whole", max_train_steps=7, **flags)
-    train(workspace, tmp_path / "parts", max_train_steps=7, **flags)
-    for late in ("checkpoint-6", "checkpoint-7"):
-        os.rename(tmp_path / "parts" / late, tmp_path / late)
+    leave_at(tmp_path / "whole", tmp_path / "parts", 3)
     parts = train(workspace, tmp_path / "parts", max_train_steps=7, resume_from_checkpoint="latest", **flags)
     assert len(whole) == len(parts) == 7
     assert_near(parts, whole, steps=10)
@@ -169,16 +187,12 @@ def test_a_lora_is_trained_resumed_fused_into_the_pipeline_and_kept_beside_the_s
     flags = {"pretrained_model_name_or_path": "", **models, "train": "lora", "rank": 2, "learning_rate": 0.1}
     flags |= {"use_ema": True, "lora_alpha": 4, "max_train_steps": 4, "checkpointing_steps": 2}
     whole = train(workspace, tmp_path / "whole", **flags)
-    train(workspace, tmp_path / "parts", **flags)
-    os.rename(tmp_path / "parts" / "checkpoint-4", tmp_path / "late")
+    leave_at(tmp_path / "whole", tmp_path / "parts", 2)
     assert_near(train(workspace, tmp_path / "parts", resume_from_checkpoint="latest", **flags), whole, steps=10)
     for name in ("whole", "parts"):
         trained = MelFusionPipeline.from_pretrained(tmp_path / name)
-        changed = {
-            key
-            for key, value in trained.unet.state_dict().items()
-            if not torch.equal(value, base.unet.state_dict()[key])
-        }
+        weights = trained.unet.state_dict()
+        changed = {key for key, value in base.unet.state_dict().items() if not torch.equal(weights[key], value)}
         assert changed and all(re.search(r"(\.to_(q|k|v|out\.0)|\.conv\w+)\.weight$", key) for key in changed)
         composed = MelFusionPipeline.from_base_models(*models.values(), synapse=tmp_path / name)
         assert composed.unet.peft_config["default_0"].lora_alpha == 4
@@ -201,21 +215,21 @@ def test_a_lora_is_trained_resumed_fused_into_the_pipeline_and_kept_beside_the_s
 
 
 def test_the_pictures_models_leave_once_their_features_are_cached(workspace, tmp_path, capsys):
-    flags = {"train": "unet", "validation_data": workspace / "train.jsonl", "num_validation_samples": 1}
-    flags |= {"validation_steps": 6, "checkpointing_steps": 6}
+    flags = validation_flags(workspace) | {"train": "unet", "max_train_steps": 3}
     usual = train(workspace, tmp_path / "usual", **flags)
     flags |= {"offload_image_side": True, "trajectory_cache": tmp_path / "features"}
     offloaded = train(workspace, tmp_path / "offloaded", **flags)
     assert_near(torch.tensor(offloaded).half(), torch.tensor(usual).half(), steps=2)
     said = capsys.readouterr().out
-    assert "8 pictures of 8 rows to invert" in said and said.count("Forward and backward of a batch take") == 2
-    one, two = (soundfile.read(tmp_path / name / "validation/step-6/0.wav")[0] for name in ("usual", "offloaded"))
+    assert "7 pictures of 7 rows to invert" in said and "1 pictures of 1 rows to invert" in said
+    assert said.count("Forward and backward of a batch take") == 2
+    one, two = (soundfile.read(tmp_path / name / "validation/step-3/0.wav")[0] for name in ("usual", "offloaded"))
     assert np.abs(one).max() > 0 and np.abs(one - two).mean() < 0.05 * np.abs(one).mean()
     # What is published is whole: the picture's models are loaded again.
     assert np.isfinite(play(MelFusionPipeline.from_pretrained(tmp_path / "offloaded"))).all()
     state = set_up_again(workspace, tmp_path / "offloaded", resume_from_checkpoint="latest", **flags)
     resume(state)
-    assert state.position.step == 6 and "0 pictures of 8 rows to invert" in capsys.readouterr().out
+    assert state.position.step == 3 and "0 pictures of 7 rows to invert" in capsys.readouterr().out
     assert (state.pipe.image_vae, state.pipe.image_text_encoder, state.pipe.image_unet) == (None, None, None)
 
 
@@ -277,11 +291,11 @@ def test_a_size_that_no_call_takes_is_refused(workspace, tmp_path):
     assert not (tmp_path / "model_index.json").exists()
 
 
-def test_the_card_tells_the_steps_that_were_taken_and_what_they_began_with(workspace, tmp_path):
-    train(workspace, tmp_path, max_train_steps=2)
-    train(workspace, tmp_path, max_train_steps=1, resume_from_checkpoint="latest")
-    facts = json.loads((tmp_path / "training.json").read_text())["facts"]
-    assert facts["steps"] == 2 and facts["starting from"] == "the whole pipeline pipeline"
+def test_the_card_tells_the_steps_that_were_taken_and_what_they_began_with(workspace, finished, tmp_path):
+    leave_at(finished, tmp_path / "out", 3)
+    train(workspace, tmp_path / "out", max_train_steps=1, resume_from_checkpoint="latest")
+    facts = json.loads((tmp_path / "out" / "training.json").read_text())["facts"]
+    assert facts["steps"] == 3 and facts["starting from"] == "the whole pipeline pipeline"
 
 
 def reset_accelerate() -> None:
@@ -329,15 +343,15 @@ def test_a_piece_of_validation_that_fails_ends_no_training(workspace, tmp_path, 
     with torch.no_grad():
         pipe.vae.decoder.conv_out.bias.fill_(torch.nan)
     pipe.save_pretrained(tmp_path / "broken")
-    flags = {"pretrained_model_name_or_path": tmp_path / "broken", "validation_data": workspace / "train.jsonl"}
-    train(workspace, tmp_path / "out", max_train_steps=2, validation_steps=1, num_validation_samples=1, **flags)
+    flags = validation_flags(workspace) | {"pretrained_model_name_or_path": tmp_path / "broken"}
+    train(workspace, tmp_path / "out", max_train_steps=2, validation_steps=1, **flags)
     output = capsys.readouterr().out
     assert output.count("no music for validation row 0") == 2 and "NaN" in output
     assert (tmp_path / "out" / "model_index.json").is_file()
 
 
 def test_validation_measures_the_weights_that_are_published(workspace, tmp_path, capsys):
-    flags = {"validation_data": workspace / "train.jsonl", "num_validation_samples": 0, "synapse_learning_rate": 0.3}
+    flags = validation_flags(workspace) | {"num_validation_samples": 0, "synapse_learning_rate": 0.3}
     train(workspace, tmp_path / "ema", use_ema=True, **flags)
     train(workspace, tmp_path / "raw", **flags)
     # As good as no training: the loss of the weights that the first run published.
@@ -435,18 +449,18 @@ def test_a_resumed_run_follows_its_own_command_and_says_so(workspace, tmp_path, 
 
 
 def test_validation_shows_what_the_picture_does(workspace, tmp_path, capsys):
-    rows = (workspace / "train.jsonl").read_text().splitlines()
-    same = workspace / "same_picture.jsonl"
-    same.write_text("".join(re.sub(r'"image": "\d', '"image": "3', row) + "\n" for row in rows))
+    rows = (workspace / "train.jsonl").read_text().splitlines(keepends=True)[:4]
+    (workspace / "own_picture.jsonl").write_text("".join(rows))
+    (workspace / "same_picture.jsonl").write_text(re.sub(r'"image": "\d', '"image": "3', "".join(rows)))
     losses = {}
-    for name in ("train", "same_picture"):
+    for name in ("own_picture", "same_picture"):
         state = set_up_again(workspace, tmp_path, validation_data=workspace / f"{name}.jsonl")
         for alpha in (0.0, 0.5):
             with torch.no_grad(), state.bare_objective.attached():
                 state.pipe.synapse.alphas.fill_(alpha)
                 losses[name, alpha] = validation_losses(state)
-    off, on = losses["train", 0.0], losses["train", 0.5]
-    assert off.shape == (8, 3) and torch.equal(off[:, 0], off[:, 1]) and torch.equal(off[:, 0], off[:, 2])
+    off, on = losses["own_picture", 0.0], losses["own_picture", 0.5]
+    assert off.shape == (4, 3) and torch.equal(off[:, 0], off[:, 1]) and torch.equal(off[:, 0], off[:, 2])
     assert_near(on[:, 2].float(), off[:, 2].float())
     assert (on[:, 0] - on[:, 2]).abs().mean() > 1e-4 < (on[:, 0] - on[:, 1]).abs().mean()
     same_on = losses["same_picture", 0.5]
@@ -573,8 +587,8 @@ def test_sigkill_at_a_random_moment_loses_nothing(workspace, tmp_path, kills):
     assert_near(resumed, whole, steps=10)
 
 
-def test_a_full_disk_spares_the_checkpoints_and_the_pipeline_that_were_there(workspace, tmp_path):
-    whole, output = train(workspace, tmp_path / "whole"), tmp_path / "full"
+def test_a_full_disk_spares_the_checkpoints_and_the_pipeline_that_were_there(workspace, finished, tmp_path):
+    whole, output = losses(finished), tmp_path / "full"
     train(workspace, output, max_train_steps=3)
 
     def largest(in_checkpoint: bool) -> int:
@@ -594,7 +608,7 @@ def test_a_full_disk_spares_the_checkpoints_and_the_pipeline_that_were_there(wor
         assert np.isfinite(play(MelFusionPipeline.from_pretrained(output))).all()
     resumed = train(workspace, output, resume_from_checkpoint="latest")
     assert_near(resumed, whole, steps=10)
-    one, other = (MelFusionPipeline.from_pretrained(folder) for folder in (tmp_path / "whole", output))
+    one, other = (MelFusionPipeline.from_pretrained(folder) for folder in (finished, output))
     assert_near(play(one), play(other))
 
 

@@ -17,7 +17,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import assert_near
 from processes import start
 from safetensors.torch import load_file
-from test_train_melfusion import arguments, losses, train, workspace  # noqa: F401 - a fixture
+from test_train_melfusion import arguments, leave_at, losses, train, workspace  # noqa: F401 - a fixture
 
 from melfusion_pipeline import MelFusionPipeline
 from melfusion_pipeline.data import check_rows, format_problems, load_rows
@@ -102,20 +102,22 @@ def test_processes_share_the_check_of_a_set(workspace, tmp_path):  # noqa: F811
 
 
 def test_all_processes_resume_where_the_main_one_does(workspace, tmp_path):  # noqa: F811
-    """Each has a disk of its own, on which it stands in the folder `out`."""
+    """Each is a machine with a disk of its own, on which it stands in the folder `out`."""
     disks = [tmp_path / "disk-0", tmp_path / "disk-1"]
     whole = train(workspace, tmp_path / "whole")
-    train(workspace, disks[0] / "out", max_train_steps=3)
+    leave_at(tmp_path / "whole", disks[0] / "out", 3)
 
     def run(rank: int) -> None:
         os.chdir(disks[rank])
-        flags = {"train_batch_size": 2, "resume_from_checkpoint": "latest"}
+        os.environ.update(LOCAL_WORLD_SIZE="1", LOCAL_RANK="0")
+        flags = {"train_batch_size": 2, "resume_from_checkpoint": "latest", "trajectory_cache": "trajectories"}
         train_melfusion.main(arguments(workspace, Path("out"), **flags))
 
     disks[1].mkdir()
     for status, output in on_two_processes(tmp_path, run):
         assert "Checking" not in output, "the first training has checked the set"
         assert status == 1 and "checkpoint-3, which is missing for process 1 on" in output, output
+    assert [len(list((disk / "trajectories").iterdir())) for disk in disks] == [8, 8], "each inverts for its own disk"
     # The other process has gone further, and its own latest checkpoint is another.
     shutil.copytree(disks[0] / "out", disks[1] / "out", dirs_exist_ok=True)
     shutil.copytree(tmp_path / "whole" / "checkpoint-6", disks[1] / "out" / "checkpoint-6")
