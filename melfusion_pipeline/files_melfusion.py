@@ -23,7 +23,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         containers that share a file system have process ids in common.
 
     Raises:
-        OSError: If the folder does not exist or cannot be written to.
+        FileNotFoundError: If the folder does not exist.
+        OSError: If it cannot be written to.
     """
     path = Path(path)
     if not path.parent.is_dir():
