@@ -50,7 +50,7 @@ class CacheFiles:
         return self._paths[content]
 
     def read(self, content: str | bytes, name: str) -> torch.Tensor | None:
-        """Reads the tensor `name` of the file of `content`, as `path` takes it; None if there is no such file."""
+        """Reads the tensor `name` `[...]`, as it was written, of the file of `content`; None if there is none."""
         path = self.path(content)
         return load_file(path)[name] if path.is_file() else None
 

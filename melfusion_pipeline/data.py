@@ -266,7 +266,14 @@ def read_triplet(
 
 
 def collate_triplets(samples: list[dict]) -> dict:
-    """Makes a batch of samples of `read_triplet`; what was added to some of them only is left out."""
+    """Makes a batch of samples; what was added to some of them only is left out.
+
+    Args:
+        samples: of `read_triplet`.
+
+    Returns:
+        Their values by name, tensors stacked: `[B, ...]`.
+    """
     shared = set.intersection(*map(set, samples))
     return default_collate([{name: sample[name] for name in sample if name in shared} for sample in samples])
 
