@@ -5,9 +5,10 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 from model_card import is_repo_id
-from train_checkpoints import POSITION, is_checkpoint
+from train_checkpoints import POSITION, is_checkpoint, list_checkpoints
 
 from melfusion_pipeline.adapters_melfusion import LORA_TARGETS
 from melfusion_pipeline.data import COLUMNS
@@ -149,6 +150,15 @@ def find_problems(args: argparse.Namespace) -> Iterator[str]:
         path = getattr(args, name)
         if path is not None and not Path(path).is_file():
             yield f"--{name} {path} {'is a folder: see --dataset_name' if Path(path).is_dir() else 'does not exist'}"
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        yield f"--output_dir {args.output_dir} is a file: give a folder"
+    elif args.resume_from_checkpoint is None and not args.check_data and list_checkpoints(args.output_dir):
+        yield (
+            f"--output_dir {args.output_dir} holds {list_checkpoints(args.output_dir)[-1].name} of another run, whose"
+            " pipeline this one would replace: give another folder, or --resume_from_checkpoint latest to go on"
+        )
+    if args.report_to not in (reporters := ["none", *LoggerType.list()]):
+        yield f"--report_to must be one of {', '.join(reporters)}, got {args.report_to!r}"
     if args.resume_from_checkpoint not in (None, "latest") and not is_checkpoint(Path(args.resume_from_checkpoint)):
         yield (
             f"--resume_from_checkpoint {args.resume_from_checkpoint} holds no {POSITION}, so it is no checkpoint of"

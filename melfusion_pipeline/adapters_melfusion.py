@@ -297,7 +297,10 @@ def add_lora(
         ValueError: If no layer has such a name.
     """
     peft = _import_peft()
-    config = peft.LoraConfig(r=rank, lora_alpha=rank if lora_alpha is None else lora_alpha, target_modules=[*targets])
+    targets = [*targets]
+    if not any(f".{name}".endswith(f".{target}") for name, _ in unet.named_modules() for target in targets):
+        raise ValueError(f"`targets` must be ends of layers' names, as {', '.join(LORA_TARGETS)}, got {targets}.")
+    config = peft.LoraConfig(r=rank, lora_alpha=rank if lora_alpha is None else lora_alpha, target_modules=targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, unet, adapter_name)

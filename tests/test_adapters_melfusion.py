@@ -105,6 +105,8 @@ def test_other_layers_can_be_targets(tmp_path):
     assert_same(play(loaded), adapted)
     loaded.fuse_lora()
     assert_same(play(loaded), adapted)
+    with pytest.raises(ValueError, match=r"`targets` must be ends of layers' names, as to_q, .*, got \['q'\]"):
+        add_lora(make_pipe().unet, targets=["q"])
 
 
 def test_adapters_are_chosen_weighed_and_deleted(lora):

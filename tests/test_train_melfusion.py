@@ -212,6 +212,7 @@ def test_a_lora_is_trained_resumed_fused_into_the_pipeline_and_kept_beside_the_s
         train(workspace, tmp_path / "more", train=choice, synapse_learning_rate=1e-9, learning_rate=1e-9, **more)
         assert (tmp_path / "more" / file).is_file() == kept
         assert_near(play(MelFusionPipeline.from_pretrained(tmp_path / "more")), play(trained), steps=10_000)
+        shutil.rmtree(tmp_path / "more" / "checkpoint-1")
 
 
 def test_the_pictures_models_leave_once_their_features_are_cached(workspace, tmp_path, capsys):
@@ -253,6 +254,8 @@ WRONG = {
     "split": ({"validation_split": "test"}, "--validation_split needs --validation_data"),
     "dropout": ({"text_dropout": 1.5}, r"--text_dropout must lie in \[0, 1\]"),
     "resume": ({"resume_from_checkpoint": "nowhere"}, "nowhere holds no custom_checkpoint_1.pkl"),
+    "a file as output": ({"output_dir": __file__}, "test_train_melfusion.py is a file: give a folder"),
+    "tracker": ({"report_to": "tensorbord"}, "--report_to must be one of none, all, .*, got 'tensorbord'"),
     "resume from another folder": ({"resume_from_checkpoint": "/"}, "/ holds no .* is no checkpoint of this script"),
     "train": ({"train": "vae"}, "invalid choice"),
     "scheduler": ({"lr_scheduler": "piecewise_constant"}, "invalid choice: 'piecewise_constant'"),
@@ -335,6 +338,10 @@ def test_a_folder_with_a_name_of_its_own_is_no_checkpoint(workspace, tmp_path):
     assert len(train(workspace, tmp_path, max_train_steps=2, resume_from_checkpoint="latest")) == 2
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
     assert len(list(tmp_path.glob("checkpoint-*"))) == 4
+    # A run that does not go on from it would replace what it made.
+    with pytest.raises(SystemExit):
+        train_arguments.parse_arguments("", arguments(workspace, tmp_path))
+    assert train_arguments.parse_arguments("", arguments(workspace, tmp_path, check_data=True)).check_data
 
 
 def test_a_piece_of_validation_that_fails_ends_no_training(workspace, tmp_path, capsys):
