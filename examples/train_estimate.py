@@ -1,6 +1,7 @@
 """What `train_melfusion.py` says of memory and time before its first step."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -43,7 +44,9 @@ def describe_step(state: State, batch: dict) -> str:
         torch.get_device_module(device).synchronize()
         seconds, memory = time.perf_counter() - start, peak_memory(device)
         state.optimizer.zero_grad()
-    most = "" if memory is None else f" and at most {memory / 2**30:.2f} GiB, before AdamW has its moments,"
+    most = "" if memory is None else f" and at most {memory / 2**30:.2f} GiB"
+    if most and not state.optimizer.state:
+        most += ", before AdamW has its moments,"
     steps = args.max_train_steps - state.position.step
     hours = seconds * args.gradient_accumulation_steps * steps / 3600
     return (
@@ -58,8 +61,9 @@ def forget_peak_memory(device: torch.device) -> None:
     if hasattr(module, "reset_peak_memory_stats"):
         module.reset_peak_memory_stats()
     elif FORGET.exists():
-        # proc(5): resets the peak of the resident set.
-        FORGET.write_text("5")
+        # proc(5): resets the peak of the resident set. Where that is forbidden it is the peak since the beginning.
+        with suppress(OSError):
+            FORGET.write_text("5")
 
 
 def peak_memory(device: torch.device) -> int | None:
