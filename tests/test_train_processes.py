@@ -173,5 +173,7 @@ def test_two_processes_train_a_lora_as_one_and_do_not_shard_it(workspace, tmp_pa
     one, two = (load_file(tmp_path / name / file) for name in ("one", "two"))
     for name, rows in one.items():
         torch.testing.assert_close(two[name], rows, rtol=0, atol=1e-5)
+    # A run does not begin in the folder of another one.
+    (tmp_path / "two").rename(tmp_path / "done")
     for status, output in on_two_processes(tmp_path, run, **environment_of("fsdp.json", "--mixed_precision", "no")):
         assert status == 1 and "FSDP shards the music UNet, but --train lora trains little of it" in output
