@@ -21,7 +21,7 @@ from torch import nn
 from .attention_melfusion import MAX_RECORDED_TOKENS
 from .audio import prepare_mel, waveform_to_mel
 from .families_melfusion import pad_texts
-from .features_melfusion import ImageFeatures
+from .features_melfusion import ImageFeatures, nearest_steps
 from .files_melfusion import atomic_write
 from .inversion_melfusion import ddim_walk, inversion_grid
 from .modeling_melfusion import decoder_layers
@@ -161,7 +161,7 @@ class PictureCache:
 
     def nearest(self, timesteps: torch.Tensor) -> torch.LongTensor:
         """Gives the number of the noise level nearest to each of `timesteps` `[B]`, on the CPU."""
-        return (self.timesteps - timesteps.cpu()[:, None]).abs().argmin(dim=1)
+        return nearest_steps(self.timesteps, timesteps)
 
 
 class TrajectoryCache(PictureCache):
