@@ -75,8 +75,8 @@ def is_in_split(row_split: str | None, split: str) -> bool:
 
 def load_checked_rows(
     path: str, split: str | None, args: argparse.Namespace, accelerator: Accelerator
-) -> Iterable[dict]:
-    """Opens a set; the processes read every row once and leave out what they found wrong."""
+) -> tuple[Iterable[dict], list[tuple[int, str]]]:
+    """Opens a set, of which the processes read every row once, and gives it with what they found wrong."""
     columns = {column: getattr(args, f"{column}_column") for column in COLUMNS}
     if path == args.dataset_name:
         # A set to validate on is small and read again and again; a check reads all of it.
@@ -85,7 +85,7 @@ def load_checked_rows(
             rows = load_set(path, args.dataset_config_name, split or args.dataset_split, columns, streaming)
         if streaming:
             # To check it all would be to download it twice: what is wrong is found when it is met.
-            return rows
+            return rows, []
         split = None
     else:
         rows = load_rows(path, columns, streaming=args.streaming)
@@ -93,10 +93,27 @@ def load_checked_rows(
         rows = rows.filter(functools.partial(is_in_split, split=split), input_columns="split")
         if next(iter(rows), None) is None:
             raise ValueError(f"{path} holds no row of the split {split!r}.")
-    problems = check_together(rows, data_root(path, args), args.output_dir, accelerator)
-    if args.check_data:
-        accelerator.print(format_problems(problems) if problems else f"{path}: no problems")
-    return select_good_rows(rows, problems, args.skip_bad_rows or args.check_data)
+    return rows, check_together(rows, data_root(path, args), args.output_dir, accelerator)
+
+
+def load_good_rows(path: str, split: str | None, args: argparse.Namespace, accelerator: Accelerator) -> Iterable[dict]:
+    """Opens a set without the rows that have problems, which `--skip_bad_rows` must allow."""
+    return select_good_rows(*load_checked_rows(path, split, args, accelerator), args.skip_bad_rows)
+
+
+def check_sets(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Prints what is wrong with the set to train on and the one to validate on.
+
+    Raises:
+        SystemExit: With the status 1 on all processes, if something is.
+    """
+    sets, found = [(args.train_data, args.train_split), (args.validation_data, args.validation_split)], False
+    for path, split in sets if args.validation_data else sets[:1]:
+        _, problems = load_checked_rows(path, split, args, accelerator)
+        accelerator.print(f"{path}:\n{format_problems(problems)}" if problems else f"{path}: no problems")
+        found = found or bool(problems)
+    if found:
+        raise SystemExit(1)
 
 
 def check_together(

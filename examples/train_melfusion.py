@@ -32,7 +32,7 @@ from publish import upload
 from tqdm.auto import tqdm
 from train_arguments import parse_arguments
 from train_checkpoints import EMA, resume, save_checkpoint
-from train_data import data_root, endless_batches, load_checked_rows, make_loader
+from train_data import check_sets, data_root, endless_batches, load_good_rows, make_loader
 from train_estimate import describe_memory, describe_step
 from train_state import State, whole
 from train_validation import validate
@@ -188,15 +188,13 @@ def make_objective(
     ).train()
 
 
-def set_up(args: argparse.Namespace, accelerator: Accelerator) -> State | None:
-    """Loads everything and puts it on its device; None after `--check_data`."""
+def set_up(args: argparse.Namespace, accelerator: Accelerator) -> State:
+    """Loads everything and puts it on its device."""
     set_seed(args.seed)
-    rows = load_checked_rows(args.train_data, args.train_split, args, accelerator)
+    rows = load_good_rows(args.train_data, args.train_split, args, accelerator)
     validation_rows = ()
     if args.validation_data:
-        validation_rows = load_checked_rows(args.validation_data, args.validation_split, args, accelerator)
-    if args.check_data:
-        return None
+        validation_rows = load_good_rows(args.validation_data, args.validation_split, args, accelerator)
     pipe = load_pipeline(args)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(pipe)
@@ -387,11 +385,12 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(__doc__, arguments)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator(args)
+    if args.check_data:
+        return check_sets(args, accelerator)
     state = set_up(args, accelerator)
-    if state is not None:
-        resume(state)
-        train(state)
-        finish(state)
+    resume(state)
+    train(state)
+    finish(state)
 
 
 if __name__ == "__main__":

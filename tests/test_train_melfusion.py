@@ -311,24 +311,26 @@ def test_a_set_is_checked_once_until_it_changes(workspace, tmp_path, capsys):
         shutil.copy(workspace / name, tmp_path)
     rows = (workspace / "train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(rows[:2]))
-    args = train_arguments.parse_arguments(
-        "", arguments(workspace, tmp_path, train_data=tmp_path / "train.jsonl", check_data=True)
-    )
+    flags = arguments(workspace, tmp_path, train_data=tmp_path / "train.jsonl", check_data=True)
 
-    def checked() -> tuple[bool, str]:
+    def checked() -> tuple[bool, str, int]:
         reset_accelerate()
-        assert train_melfusion.set_up(args, train_melfusion.make_accelerator(args)) is None
+        status = 0
+        try:
+            train_melfusion.main(flags)
+        except SystemExit as end:
+            status = end.code
         output, errors = capsys.readouterr()
-        return "Checking" in errors, output
+        return "Checking" in errors, output, status
 
-    assert checked() == (True, f"{tmp_path / 'train.jsonl'}: no problems\n") and not checked()[0]
+    assert checked() == (True, f"{tmp_path / 'train.jsonl'}: no problems\n", 0) and not checked()[0]
     (tmp_path / "1.flac").write_bytes(b"no music")
-    again, output = checked()
-    assert again and "1.flac" in output and checked() == (False, output)
+    again, output, status = checked()
+    assert again and "1.flac" in output and status == 1 and checked() == (False, output, 1)
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write(rows[0])
-    again, output = checked()
-    assert again and "repeats row 0" in output
+    again, output, status = checked()
+    assert again and "repeats row 0" in output and status == 1
 
 
 def test_a_folder_with_a_name_of_its_own_is_no_checkpoint(workspace, tmp_path):
