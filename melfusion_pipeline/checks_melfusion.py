@@ -69,12 +69,12 @@ def check_call(
     """Refuses arguments of `__call__` that cannot work, before any model runs.
 
     Refused are: a wrong type; a number that is not finite or out of range; an empty list; a tensor of another shape or
-    with NaN; a picture beside features, or a prompt beside its embeddings; nothing to make music of; numbers of
-    pictures, prompts, negative prompts or generators that do not fit together; features that another UNet recorded;
-    components that do not belong together; windows that the UNet cannot take; a storyboard whose pictures do not
-    follow one another within the piece; given music that is silent, too short, or of which nothing is to be made;
-    masks that are empty, overlap or lie outside of it; a scheduler that does not step through the training's noise
-    schedule.
+    with NaN; a picture beside features, or a prompt beside its embeddings; settings of encoding a picture beside
+    features that were encoded otherwise; nothing to make music of; numbers of pictures, prompts,
+    negative prompts or generators that do not fit together; features that another UNet recorded; components that do
+    not belong together; windows that the UNet cannot take; a storyboard whose pictures do not follow one another
+    within the piece; given music that is silent, too short, or of which nothing is to be made; masks that are empty,
+    overlap or lie outside of it; a scheduler that does not step through the training's noise schedule.
 
     Args:
         pipe: The pipeline that is called.
@@ -128,6 +128,7 @@ def check_call(
         check_image_inputs(pipe, num_images, image_prompt, image_size, num_inversion_steps, feature_source)
     if image_features is not None:
         num_images = _check_image_features(pipe, image_features)
+        _check_encoded_so(image_features, image_prompt, image_size, num_inversion_steps, feature_source)
     if num_images:
         check_synapse_scale(pipe.synapse, synapse_scale)
     if image_guidance_scale is not None:
@@ -399,6 +400,38 @@ def _check_image_features(pipe: Any, image_features: ImageFeatures) -> int:
     if not image_features.is_finite:
         raise ValueError("`image_features` holds NaN or infinite values.")
     return image_features.num_images
+
+
+def _check_encoded_so(
+    image_features: ImageFeatures,
+    image_prompt: str | list[str],
+    image_size: int | None,
+    num_inversion_steps: int | None,
+    feature_source: str | None,
+) -> None:
+    """Refuses settings of `encode_image` that are not those of features; those that are may be said again."""
+    _check_text("image_prompt", image_prompt)
+    if image_prompt:
+        # Features do not tell theirs. Like `prompt` beside `prompt_embeds` it stands beside what was made of it.
+        raise ValueError(
+            f"Pass `image_prompt` or `image_features`, not both: got {image_prompt!r:.80} beside features, which were"
+            " encoded with a prompt already. `encode_image` takes it."
+        )
+    for name, value in (("image_size", image_size), ("num_inversion_steps", num_inversion_steps)):
+        if value is not None:
+            _check_integer(name, value, 1)
+    if feature_source is not None:
+        _check_choice("feature_source", feature_source, FEATURE_SOURCES)
+    for name, value, recorded in (
+        ("image_size", image_size, image_features.image_size),
+        ("num_inversion_steps", num_inversion_steps, len(image_features.timesteps)),
+        ("feature_source", feature_source, image_features.feature_source),
+    ):
+        if value is not None and recorded is not None and value != recorded:
+            raise ValueError(
+                f"`{name}` is {value!r:.80}, but `image_features` were encoded with {recorded!r}: leave it None, or"
+                " encode the picture anew by `encode_image`."
+            )
 
 
 def _check_present(pipe: Any, names: tuple[str, ...], needed_by: str) -> None:

@@ -472,7 +472,8 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             negative_prompt_embeds: In place of `negative_prompt`.
             image_prompt: The text for the picture's UNet; the empty text inverts best.
             image_size: The side in pixels to which pictures are prepared. None is `default_image_size`.
-            image_features: In place of `image`; see `encode_image`.
+            image_features: In place of `image`; see `encode_image`. `image_size`, `num_inversion_steps` and
+                `feature_source` are then those that it was encoded with, which may be said again but not changed.
             feature_source: `"inversion"` records while inverting; `"reconstruction"` inverts, then records while
                 sampling back, as the paper does, at twice the cost; `"noising"` adds noise to the picture instead of
                 inverting it, all timesteps in one pass. None is as in the synapse's training, see

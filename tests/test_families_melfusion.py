@@ -103,6 +103,7 @@ def test_with_pictures_it_is_a_textbook_loop(family, layers):
         image_features=features,
         num_waveforms_per_prompt=2,
         num_inference_steps=3,
+        num_inversion_steps=3,
         output_type="latent",
         **arguments,
     )

@@ -704,6 +704,27 @@ def test_features_of_another_unet_or_beside_a_picture_are_refused(strict_pipe, p
             strict_pipe(prompt="a piano", image_features=ImageFeatures(keys, keys, features.timesteps))
 
 
+def test_features_are_not_encoded_otherwise_by_a_call(strict_pipe, pipe, image):
+    features = pipe.encode_image(image, num_inversion_steps=2)
+    for name, value, message in (
+        ("num_inversion_steps", 3, "`num_inversion_steps` is 3, but `image_features` were encoded with 2: leave it"),
+        ("image_size", 16, "`image_size` is 16, but `image_features` were encoded with 32: leave it"),
+        ("feature_source", "noising", "`feature_source` is 'noising', but .* encoded with 'inversion': leave it"),
+        ("image_prompt", "fog", "Pass `image_prompt` or `image_features`, not both: got 'fog'"),
+        ("num_inversion_steps", 2.0, "`num_inversion_steps` must be an int"),
+        ("image_size", np.full(2, 32), "`image_size` must be an int"),
+        ("feature_source", np.zeros(2), "`feature_source` must be one of"),
+        ("image_prompt", 3, "`image_prompt` must be a str"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+            strict_pipe(prompt="a piano", image_features=features, **{name: value})
+    # A script that always says what it encodes with may say it here too; an older file does not tell its size.
+    settings = {"image_size": 32, "num_inversion_steps": 2, "feature_source": "inversion", "image_prompt": ""}
+    made = run(pipe, None, PROMPTS[0], image_features=features, **settings)
+    unsized = replace(features, image_size=None)
+    assert np.array_equal(made, run(pipe, None, PROMPTS[0], image_features=unsized, **settings))
+
+
 @pytest.mark.parametrize("name", ["unet", "vae", "tokenizer"])
 def test_components_in_one_anothers_place_are_refused_also_without_a_picture(strict_pipe, name):
     components = strict_pipe.components
@@ -718,7 +739,14 @@ def test_each_recorded_step_that_is_read_is_fitted_once_when_it_is_due(pipe, ima
     pipe.synapse.register_forward_pre_hook(lambda _, args: fitted.append(len(next(iter(args[0].values())))))
     for num_inference_steps in (3, 20):
         fitted.clear()
-        run(pipe, None, PROMPTS[0], image_features=features, num_inference_steps=num_inference_steps)
+        run(
+            pipe,
+            None,
+            PROMPTS[0],
+            image_features=features,
+            num_inversion_steps=8,
+            num_inference_steps=num_inference_steps,
+        )
         steps = features.nearest(pipe.scheduler.timesteps)
         assert fitted == [1] * len(steps.unique())
 
@@ -731,7 +759,7 @@ def test_a_variation_inverts_the_picture_no_further_than_it_reads(pipe, image):
     call = {"audio": audio, "audio_sampling_rate": pipe.sampling_rate, "strength": 0.5, "num_inference_steps": 4}
     made = run(pipe, image, PROMPTS[0], num_inversion_steps=8, **call)
     assert len(passes) == features.nearest(pipe.scheduler.timesteps[2:]).max() + 1 == 3
-    assert np.array_equal(made, run(pipe, None, PROMPTS[0], image_features=features, **call))
+    assert np.array_equal(made, run(pipe, None, PROMPTS[0], image_features=features, num_inversion_steps=8, **call))
 
 
 def test_features_are_looked_through_once(pipe, image):
