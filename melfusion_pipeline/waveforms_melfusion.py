@@ -14,6 +14,8 @@ from transformers.audio_utils import mel_filter_bank
 
 MEL_FLOOR = 1e-5
 PEAK = 0.5
+# No format of sound has samples as large, and float32 still holds the sum of an hour of them.
+MAX_LEVEL = 1e28
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def check_waveform(waveform: np.ndarray | torch.Tensor, name: str = "waveform") 
 
     Raises:
         TypeError: if it is neither a numpy array nor a tensor of floating-point numbers.
-        ValueError: if it is empty or holds NaN or infinity.
+        ValueError: if it is empty, or holds NaN, infinity or samples above 1e28.
     """
     if not isinstance(waveform, np.ndarray | torch.Tensor):
         raise TypeError(f"`{name}` must be a numpy array or a torch tensor, but is a {type(waveform).__name__}.")
@@ -102,6 +104,8 @@ def check_waveform(waveform: np.ndarray | torch.Tensor, name: str = "waveform") 
     # As float32: what is larger than that can hold becomes infinite on the way to the VAE.
     if not waveform.float().isfinite().all():
         raise ValueError(f"`{name}` holds NaN or infinite samples: repair or drop the clip.")
+    if (peak := waveform.abs().max().item()) > MAX_LEVEL:
+        raise ValueError(f"`{name}` holds samples of up to {peak:.4g}, more than {MAX_LEVEL:g}: scale it to [-1, 1].")
     return waveform if waveform.dtype == torch.float64 else waveform.float()
 
 
@@ -135,15 +139,17 @@ def normalize_waveform(waveform: torch.Tensor) -> torch.Tensor:
     """Subtracts each waveform's mean and scales its peak to 0.5, AudioLDM's level; silence stays silent.
 
     Args:
-        waveform: `[..., T]`.
+        waveform: `[..., T]`; in float32, what has a peak below 1e-31 is silent.
 
     Returns:
         `[..., T]` in [-0.5, 0.5].
     """
     centered = waveform - waveform.mean(dim=-1, keepdim=True)
     peak = centered.abs().amax(dim=-1, keepdim=True)
-    # What is left of a constant waveform is rounding error, which must not be scaled up.
-    silent = peak <= 16 * torch.finfo(waveform.dtype).eps * waveform.abs().amax(dim=-1, keepdim=True)
+    # What is left of a constant waveform is rounding error, and what is near the smallest number has lost digits.
+    limits = torch.finfo(waveform.dtype)
+    rounding = 16 * limits.eps * waveform.abs().amax(dim=-1, keepdim=True)
+    silent = peak <= rounding.clamp(min=limits.tiny / limits.eps)
     return torch.where(silent, 0.0, centered * PEAK / peak.masked_fill(silent, 1.0))
 
 

@@ -137,6 +137,10 @@ def test_normalize_waveform_sets_mean_and_peak_and_keeps_silence():
     assert torch.equal(normalized[1:3], torch.zeros(2, 4))
     constant = torch.full((163840,), 0.3)
     assert torch.equal(normalize_waveform(constant), torch.zeros(163840))
+    # A wave of three of the smallest numbers is a wave of nothing; in float64 there are many below these.
+    wave = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64) * 4e-45
+    assert torch.equal(normalize_waveform(wave.float()), torch.zeros(4))
+    assert_near(normalize_waveform(wave), torch.tensor([0.5, -0.5, 0.25, -0.25], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("sampling_rate", [8000, 11025, 22050, 44100, 44101, 48000, 96000])

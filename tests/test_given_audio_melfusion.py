@@ -102,6 +102,8 @@ def test_given_music_of_any_level_rate_and_channels_comes_back_at_its_own_level(
     expected = run(pipe, **kwargs)
     quiet = run(pipe, **kwargs, audio=0.01 * GIVEN + 0.002)
     torch.testing.assert_close(quiet, 0.01 * expected + 0.002, atol=1e-5, rtol=0)
+    for scale in (1e27, 1e-29):
+        torch.testing.assert_close(run(pipe, **kwargs, audio=scale * GIVEN) / scale, expected, atol=1e-4, rtol=0)
     stereo = torch.stack([GIVEN + 0.1, GIVEN - 0.1]).double()
     torch.testing.assert_close(run(pipe, **kwargs, audio=stereo), expected, atol=1e-4, rtol=0)
     high = torch.from_numpy(polyphonic_music(44100, 1.2)).float() / 3
@@ -370,6 +372,8 @@ REFUSED = {
     "one sample": ({"audio": GIVEN[:1]}, "`audio` must last 0.08 to 3600 s, got 6.25e-05 s: 1 samples at 16000 Hz"),
     "nothing": ({"audio": GIVEN[:0]}, "`audio` must hold samples"),
     "too large for float32": ({"audio": GIVEN.double() * 1e300}, "`audio` holds NaN or infinite samples"),
+    "near the largest number": ({"audio": GIVEN.sign() * 3e38}, "samples of up to 3e+38, more than 1e+28"),
+    "near the smallest number": ({"audio": GIVEN * 1e-44}, "`audio` is silent"),
     "integers": ({"audio": GIVEN.short()}, "`audio` must be floating-point"),
     "more than an hour": (
         {"audio": torch.ones(3601), "audio_sampling_rate": 1},
