@@ -630,7 +630,8 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             rows = ROWS_ON_CPU if device.type == "cpu" else ROWS_ON_ACCELERATOR
             window_batch_size = max(1, rows // (self.guidance.num_branches * batch_size))
         groups = list(windows.groups(window_batch_size))
-        if given_audio is not None:
+        # The second half of a step of second order sees what the first made of the music around the stretches too.
+        if given_audio is not None and self.scheduler.order == 1:
             groups = [group for group in groups if windows.cut(anew[:, None], group).any()]
 
         # 7. Look up which of the picture's recorded keys and values each step blends; these are fitted to a window
