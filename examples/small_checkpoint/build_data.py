@@ -211,7 +211,7 @@ def main() -> None:
             row["arousal"], row["valence"] = rule(Image.open(args.output / row["image"]))
         rows = write_split(split, crops[split], sound_font, args)
         print(f"{split}: {len(splits[split])} pictures, {len(crops[split])} crops, {len(rows)} clips", flush=True)
-        if split == "train":
+        if split == "train" and args.varied_crops:
             varied = write_varied(splits[split], rows, rule, args)
             print(f"train_varied: {args.varied_crops} crops, {len(varied)} pairs", flush=True)
     write_attribution(splits, sound_font, args)
