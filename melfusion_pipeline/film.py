@@ -34,6 +34,8 @@ except ImportError as error:
 FRAME_RATE = 25
 # In seconds: where the frame rate varies, PySceneDetect's default of 15 pictures stands for no fixed time.
 SHORTEST_SHOT = 0.5
+# In seconds: times are rounded on their way; no frame of a film is so short.
+ROUNDING = 0.0005
 # The column with the shots' beginnings, as we and as PySceneDetect (`list-scenes --skip-cuts`) write it.
 SHOT_COLUMNS = ("start", "Start Time (seconds)")
 
@@ -120,16 +122,35 @@ def read_frames(film: Film, times: Iterable[float]) -> Iterator[PIL.Image.Image]
                 since = -math.inf if shown is None else shown.time - film.start
                 passed = bisect.bisect(film.keyframes, since) != bisect.bisect(film.keyframes, time)
                 if time < since or passed:
-                    container.seek(round((film.start + time) / stream.time_base), stream=stream)
-                    frames, shown, coming = container.decode(stream), None, None
-                # Times are rounded on their way; 0.0005 s is less than a frame of any film lasts.
-                while shown is None or (coming is not None and coming.time - film.start <= time + 0.0005):
+                    shown, (coming, frames) = None, _decode_from(container, stream, film, time)
+                while shown is None or (coming is not None and coming.time - film.start <= time + ROUNDING):
                     shown = coming if coming is not None else next(frames)
                     coming = next(frames, None)
             except (StopIteration, av.error.FFmpegError) as error:
                 message = f"{str(film.path)!r} cannot be decoded at {time:.2f} s: the file is damaged."
                 raise ValueError(message) from error
             yield _upright(shown, stream.sample_aspect_ratio)
+
+
+def _decode_from(
+    container: "av.container.InputContainer", stream: "av.VideoStream", film: Film, time: float
+) -> tuple["av.VideoFrame | None", Iterator["av.VideoFrame"]]:
+    """Gives a frame that is shown at `time` (seconds) or, where there is one, before it, and the frames behind it."""
+    frame, frames = None, iter(())
+    passed = film.keyframes[: bisect.bisect(film.keyframes, time + ROUNDING)]
+    # MPEG streams (camcorders, television) have no index and are searched by the time of decoding, which comes before
+    # that of showing: a search for a keyframe ends behind it. Behind the first one as well, hence the last position.
+    for position in (*reversed(passed), 0.0, -10.0):
+        try:
+            container.seek(round((film.start + position) / stream.time_base), stream=stream)
+        # AVI takes no time before its beginning.
+        except av.error.FFmpegError:
+            break
+        frames = container.decode(stream)
+        frame = next(frames, None)
+        if frame is not None and frame.time - film.start <= time + ROUNDING:
+            break
+    return frame, frames
 
 
 def choose_frame(film: Film, start: float, end: float) -> tuple[float, PIL.Image.Image]:

@@ -118,6 +118,13 @@ def test_a_clock_that_does_not_begin_at_zero_is_put_right(tmp_path):
     assert find_onsets(read_sound(scored.path), RATE)[0] == pytest.approx([1, 2.5], abs=0.03)
 
 
+def test_pictures_are_found_in_a_stream_without_an_index(tmp_path):
+    film = read_film(write_film(tmp_path / "camcorder.mts"))
+    times = (0.0, 0.5, 1.5, 3.9, 2.5, 0.5, 3.02)
+    seen = [colour_of(picture) for picture in read_frames(film, times)]
+    assert seen == ["red", "red", "lime", "yellow", "blue", "red", "yellow"]
+
+
 def test_pixels_that_are_not_square_are_made_square(tmp_path):
     film = read_film(write_film(tmp_path / "film.mp4", vf="", **{"x264-params": "sar=2/1"}))
     (picture,) = read_frames(film, [0.5])
