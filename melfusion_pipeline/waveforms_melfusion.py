@@ -127,8 +127,10 @@ def resample(
         return waveform
     divisor = math.gcd(sampling_rate, new_sampling_rate)
     # A whole number of periods of both rates keeps the pitch exact, an odd one leaves no Nyquist bin to lose;
-    # 0.1 s of zeros keeps the end out of the start.
-    periods = math.ceil((waveform.shape[-1] + sampling_rate / 10) * divisor / sampling_rate) | 1
+    # 0.1 s of zeros keeps the end out of the start. A large prime factor would make an FFT ten times slower.
+    least = math.ceil((waveform.shape[-1] + sampling_rate / 10) * divisor / sampling_rate)
+    smooth = (3**a * 5**b * 7**c for a in range(19) for b in range(13) for c in range(11))
+    periods = min(number for number in smooth if number >= least)
     length, new_length = (periods * rate // divisor for rate in (sampling_rate, new_sampling_rate))
     spectrum = torch.fft.rfft(waveform, length)[..., : (min(length, new_length) + 1) // 2]
     resampled = torch.fft.irfft(spectrum, new_length) * (new_length / length)

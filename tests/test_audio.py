@@ -161,6 +161,19 @@ def test_resample_keeps_samples_when_doubling_the_rate_and_removes_what_would_al
     assert torch.autograd.gradcheck(lambda waveform: resample(waveform, 44100), music, fast_mode=True)
 
 
+@pytest.mark.parametrize("num_samples", [1, 163841, 8_000_003])
+def test_resample_takes_no_ffts_of_large_prime_factors(monkeypatch, num_samples):
+    lengths = []
+    monkeypatch.setattr(
+        torch.fft, "rfft", lambda waveform, length: lengths.append(length) or torch.zeros(1, dtype=torch.cfloat)
+    )
+    monkeypatch.setattr(torch.fft, "irfft", lambda spectrum, length: lengths.append(length) or torch.zeros(1))
+    for sampling_rate in (8000, 11025, 22050, 44100, 48000, 96000):
+        resample(torch.zeros(1).expand(num_samples), sampling_rate)
+    # Of lengths of such factors alone some power of their product is a multiple.
+    assert len(lengths) == 12 and all((2 * 3 * 5 * 7) ** 64 % length == 0 for length in lengths)
+
+
 @pytest.mark.parametrize("suffix, sampling_rate, channels", [("mp3", 44100, 2), ("flac", 8000, 1), ("ogg", 48000, 2)])
 def test_files_of_any_rate_keep_length_and_pitch(tmp_path, suffix, sampling_rate, channels):
     time = np.arange(3 * sampling_rate) / sampling_rate
