@@ -267,7 +267,7 @@ def vocoder_margin(vocoder: Any, device: torch.device | str = "cpu", num_frames:
     third = num_frames // 3
     mel = torch.zeros(1, 3 * third, bands, device=device, dtype=vocoder.dtype)
     changed = mel.clone()
-    changed[:, third : 2 * third] = torch.linspace(-5, 5, third * bands).reshape(third, bands).to(mel)
+    changed[:, third : 2 * third] = torch.linspace(-5, 5, third * bands, device=device).reshape(third, bands).to(mel)
     before, after = vocoder(mel).float()[0], vocoder(changed).float()[0]
     differs = ((after - before).abs() > 1e-6 * after.abs().max()).nonzero()[:, 0]
     if not len(differs):

@@ -163,7 +163,7 @@ class GivenAudio:
         Returns:
             bool `[num_frames]`.
         """
-        anew = torch.zeros(num_frames, dtype=torch.bool)
+        anew = torch.zeros(num_frames, dtype=torch.bool, device="cpu")
         for first, last in self.stretches or [(0, num_frames * samples_per_frame)]:
             anew[first // samples_per_frame : math.ceil(last / samples_per_frame)] = True
         return anew
@@ -205,9 +205,9 @@ class GivenAudio:
     def _fade(self, first: int, last: int) -> torch.Tensor:
         """How far each sample of a stretch is from old (0) to new (1): `[last - first]`."""
         length = min(round(FADE_IN_S * self.sampling_rate), max(1, (last - first) // 2))
-        samples = torch.arange(last - first)
-        begun = (samples + 0.5) / length if first > 0 else torch.ones(last - first)
-        left = (last - first - samples - 0.5) / length if last < self.num_samples else torch.ones(last - first)
+        samples = torch.arange(last - first, device="cpu")
+        begun = (samples + 0.5) / length if first > 0 else torch.ones_like(samples)
+        left = (last - first - samples - 0.5) / length if last < self.num_samples else torch.ones_like(samples)
         return torch.minimum(begun, left).clamp(max=1)
 
     def _gain(self, given: torch.Tensor, made: torch.Tensor, index: int) -> torch.Tensor:
@@ -225,7 +225,7 @@ class GivenAudio:
             gains.append(_level_ratio(given[:, last : min(after, last + length)], made[:, last - inside : last]))
         if not gains:
             return made.new_ones(1)
-        return torch.lerp(gains[0].log(), gains[-1].log(), torch.linspace(0, 1, last - first)).exp()
+        return torch.lerp(gains[0].log(), gains[-1].log(), torch.linspace(0, 1, last - first, device="cpu")).exp()
 
 
 def _limit(samples: torch.Tensor, ceiling: torch.Tensor, reach: int) -> torch.Tensor:
@@ -235,7 +235,7 @@ def _limit(samples: torch.Tensor, ceiling: torch.Tensor, reach: int) -> torch.Te
         return samples
     padded = F.pad(needed[:, None], (2 * reach, 2 * reach), value=1.0)
     lowest = -F.max_pool1d(-padded, 2 * reach + 1, stride=1)
-    weights = torch.hann_window(2 * reach + 1, periodic=False, dtype=samples.dtype)
+    weights = torch.hann_window(2 * reach + 1, periodic=False, dtype=samples.dtype, device="cpu")
     # A mean of gains each of which suffices: it suffices too.
     return samples * F.conv1d(lowest, (weights / weights.sum())[None, None])[:, 0]
 

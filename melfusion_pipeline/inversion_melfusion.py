@@ -160,7 +160,7 @@ def record_image_features(
     """
     levels = inversion_grid(scheduler, num_inversion_steps)
     recorded_levels = levels[:0:-1] if feature_source == "reconstruction" else levels[:-1]
-    timesteps = torch.tensor([level.timestep for level in recorded_levels])
+    timesteps = torch.tensor([level.timestep for level in recorded_levels], device="cpu")
     kept = range(num_inversion_steps) if read_at is None else nearest_steps(timesteps, read_at).unique().tolist()
     timesteps = timesteps[list(kept)]
     if feature_source == "noising":
@@ -199,7 +199,7 @@ def _record_noised(
     progress_bar: Callable[..., Any],
 ) -> ImageFeatures:
     num_steps = len(timesteps)
-    noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)
+    noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0), device="cpu").to(latents)
     # A row for each timestep and picture.
     row_timesteps = timesteps.repeat_interleave(len(latents)).to(latents.device)
     row_latents, row_prompts = latents.repeat(num_steps, 1, 1, 1), prompt_embeds.repeat(num_steps, 1, 1)

@@ -276,7 +276,8 @@ class VisualSynapse(ModelMixin, ConfigMixin):
         for index, (image_layer, music_layer, tokens) in enumerate(layers):
             music_keys[music_layer] = self._project("key_projections", index, keys[image_layer], tokens)
             music_values[music_layer] = self._project("value_projections", index, values[image_layer], tokens)
-        return music_keys, music_values, self.alphas * torch.as_tensor(scale).to(self.alphas)
+        scale = torch.as_tensor(scale, dtype=self.alphas.dtype, device=self.alphas.device)
+        return music_keys, music_values, self.alphas * scale
 
     def _project(self, projections: str, index: int, states: torch.Tensor, num_tokens: int) -> torch.Tensor:
         states = states.to(self.alphas)

@@ -189,8 +189,8 @@ class MusicVocoder(ModelMixin, ConfigMixin):
         """
         device, length = spectrum.device, spectrum.shape[1] * self.hop
         window = torch.hann_window(self.config.fft_length, device=device)
-        noise = torch.randn(NOISE_LENGTH, generator=torch.Generator().manual_seed(NOISE_SEED))
-        noise = noise[(first_frame * self.hop + torch.arange(length)) % NOISE_LENGTH].to(device)
+        noise = torch.randn(NOISE_LENGTH, generator=torch.Generator().manual_seed(NOISE_SEED), device="cpu")
+        noise = noise[(first_frame * self.hop + torch.arange(length, device="cpu")) % NOISE_LENGTH].to(device)
         settings = {"n_fft": self.config.fft_length, "hop_length": self.hop, "window": window}
         shaped = torch.stft(noise, **settings, pad_mode="constant", return_complex=True).mT
         spectrum = spectrum + noise_level * shaped[: spectrum.shape[1]]

@@ -96,7 +96,7 @@ def check_waveform(waveform: np.ndarray | torch.Tensor, name: str = "waveform") 
     if isinstance(waveform, np.ndarray) and waveform.dtype.kind == "f":
         # Torch takes no steps backwards, no foreign byte order, no long doubles, and of what is read-only a warning.
         waveform = waveform.astype(np.float32 if waveform.itemsize < 8 else np.float64, order="C", copy=True)
-    waveform = torch.as_tensor(waveform)
+    waveform = torch.from_numpy(waveform) if isinstance(waveform, np.ndarray) else waveform
     if not waveform.is_floating_point():
         raise TypeError(f"`{name}` must be floating-point, but is {waveform.dtype}: scale it to [-1, 1].")
     if waveform.ndim == 0 or waveform.numel() == 0:

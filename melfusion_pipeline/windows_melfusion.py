@@ -150,8 +150,8 @@ class Windows:
 
         Each row has the sum 1; it is exactly 1 for a picture alone in its window.
         """
-        first = torch.tensor(self.starts, dtype=torch.float64)[:, None]
-        begins = torch.tensor([*self.image_starts, math.inf], dtype=torch.float64)
+        first = torch.tensor(self.starts, dtype=torch.float64, device="cpu")[:, None]
+        begins = torch.tensor([*self.image_starts, math.inf], dtype=torch.float64, device="cpu")
         return begins.clamp(first, first + self.length).diff(dim=1) / self.length
 
     def see(self, of_pictures: torch.Tensor, group: range) -> torch.Tensor:
@@ -181,7 +181,7 @@ class Windows:
 @functools.lru_cache(maxsize=64)
 def _normalised_weight(length: int, neighbours: tuple[tuple[int, int, int], ...]) -> torch.Tensor:
     """A window's g over the sum of those of its neighbours, itself among them: their offsets and two margins each."""
-    frames = torch.arange(length, dtype=torch.float64)
+    frames = torch.arange(length, dtype=torch.float64, device="cpu")
     weights = {
         offset: triangle(frames - offset, length, *margins) * ((frames >= offset) & (frames < offset + length))
         for offset, *margins in neighbours

@@ -260,6 +260,20 @@ def test_what_goes_on_does_not_hear_the_given_music_stop(music_pipe):
     assert errors[0] < 0.5 * errors[1]
 
 
+def test_another_default_device_changes_nothing(pipe):
+    """`torch.set_default_device`, as of an accelerator: on the meta device what it reaches has no numbers."""
+    embeds, negative_embeds = pipe.encode_prompt("a")
+    features = pipe.encode_image([photograph(0), photograph(1)], num_inversion_steps=2)
+    given = {"prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds, "image_features": features}
+    masks = {"mask_start_in_s": 0.2, "mask_end_in_s": 0.7, "audio_length_in_s": 1.5, "image_start_in_s": [0.0, 0.6]}
+    call = {**given, **masks, "audio": 4 * GIVEN.numpy(), "generator": generator(), "num_inference_steps": 2}
+    expected = run(pipe, **call)
+    call["generator"].manual_seed(0)
+    with torch.device("meta"):
+        made = run(pipe, **call)
+    assert torch.equal(made, expected)
+
+
 # --------------------------------------------------------------------------------------------------------------- joins
 
 

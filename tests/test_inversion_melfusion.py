@@ -7,6 +7,7 @@ from diffusers import DDIMScheduler, PNDMScheduler
 from untrained import picture_unet
 
 from melfusion_pipeline import ImageFeatures
+from melfusion_pipeline.features_melfusion import FEATURE_SOURCES
 from melfusion_pipeline.inversion_melfusion import (
     ddim_step,
     ddim_walk,
@@ -191,6 +192,21 @@ def test_recorded_features_equal_a_textbook_loop(feature_source: str, prediction
         for layer in layers:
             assert_near(features.keys[layer][recorded], expected[layer, "to_k"])
             assert_near(features.values[layer][recorded], expected[layer, "to_v"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("feature_source", FEATURE_SOURCES)
+def test_another_default_device_changes_nothing(feature_source: str, monkeypatch: pytest.MonkeyPatch):
+    unet, scheduler = picture_unet().eval(), image_scheduler("epsilon")
+    layers = [name for name, _, _ in decoder_layers(unet, "attn1")]
+    arguments = (unet, scheduler, torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24), layers, 2, feature_source)
+    expected = record_image_features(*arguments)
+    # diffusers makes a scheduler's tensors on the default device, and brings them to the latents when it uses them.
+    ready = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+    monkeypatch.setattr(DDIMScheduler, "from_config", lambda *arguments, **options: ready)
+    with torch.device("meta"):
+        features = record_image_features(*arguments)
+    assert all(torch.equal(features.keys[layer], expected.keys[layer]) for layer in layers)
 
 
 def test_a_batch_of_pictures_equals_its_pictures():

@@ -51,6 +51,13 @@ def test_the_same_spectrogram_gives_the_same_waveform_and_leaves_the_random_stat
 
 
 @torch.no_grad()
+def test_another_default_device_changes_nothing(vocoder):
+    spectrogram = torch.randn(1, 20, 64)
+    expected = vocoder(spectrogram, first_frame=7)
+    with torch.device("meta"):
+        assert torch.equal(vocoder(spectrogram, first_frame=7), expected)
+
+
 def test_what_the_backbone_sees_is_normalised(vocoder):
     # Without a bias the norm that follows would hide every scale.
     torch.nn.init.normal_(vocoder.embed.bias)
