@@ -129,7 +129,7 @@ class EncodingMixin:
         read_at: torch.Tensor | None = None,
     ) -> ImageFeatures:
         prompt_embeds = self.encode_image_prompt(image_prompt, len(images))
-        parts = [
+        parts = (
             record_image_features(
                 self.image_unet,
                 self.image_scheduler,
@@ -142,7 +142,7 @@ class EncodingMixin:
                 read_at,
             )
             for first in range(0, len(images), IMAGES_AT_ONCE)
-        ]
+        )
         features = replace(ImageFeatures.join(parts), image_size=image_size or self.default_image_size)
         if not features.is_finite:
             check_finite("the inversion of the picture", *features.keys.values(), *features.values.values())

@@ -3,6 +3,7 @@
 import functools
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -131,20 +132,27 @@ class ImageFeatures:
         return self.at_step(self.nearest(torch.tensor([float(number)], dtype=torch.float64)).item())
 
     @classmethod
-    def join(cls, parts: list["ImageFeatures"]) -> "ImageFeatures":
+    def join(cls, parts: Iterable["ImageFeatures"]) -> "ImageFeatures":
         """Makes one of the features of several pictures.
 
         Args:
-            parts: One at least, recorded in the same layers at the same timesteps.
+            parts: One at least, recorded in the same layers at the same timesteps. Of an iterator that makes them no
+                more than one layer is in memory twice.
 
         Returns:
             The features of all pictures, in the order of `parts`.
         """
-        if len(parts) == 1:
-            return parts[0]
-        keys = {layer: torch.cat([part.keys[layer] for part in parts], dim=1) for layer in parts[0].keys}
-        values = {layer: torch.cat([part.values[layer] for part in parts], dim=1) for layer in parts[0].keys}
-        return replace(parts[0], keys=keys, values=values)
+        first, *others = parts
+        if not others:
+            return first
+        keys, values = ([dict(getattr(part, side)) for part in (first, *others)] for side in ("keys", "values"))
+        recording = (first.timesteps, first.feature_source, first.image_size)
+        del first, others
+        joined = (
+            {layer: torch.cat([side.pop(layer) for side in sides], dim=1) for layer in list(sides[0])}
+            for sides in (keys, values)
+        )
+        return cls(*joined, *recording)
 
     def to(self, *args: Any, **kwargs: Any) -> "ImageFeatures":
         """Moves keys and values to a device and/or dtype, with the arguments of `torch.Tensor.to`."""

@@ -1,3 +1,4 @@
+import weakref
 from pathlib import Path
 
 import pytest
@@ -330,6 +331,25 @@ def test_a_table_of_recorded_steps_gives_what_each_lookup_gives():
 def test_features_are_equal_to_themselves_only():
     features, same = some_features(), some_features()
     assert features == features and features != same and len({features, features, same}) == 2
+
+
+def test_joining_holds_one_layer_twice_at_most(monkeypatch: pytest.MonkeyPatch):
+    held, alive, cat = [], [], torch.cat
+
+    def parts():
+        for _ in range(3):
+            part = some_features()
+            held.extend(weakref.ref(tensor) for side in (part.keys, part.values) for tensor in side.values())
+            yield part
+
+    def count(tensors, dim):
+        alive.append(sum(tensor() is not None for tensor in held))
+        return cat(tensors, dim=dim)
+
+    monkeypatch.setattr(torch, "cat", count)
+    joined = ImageFeatures.join(parts())
+    assert joined.num_images == 3 * some_features().num_images
+    assert alive == list(range(len(held), 0, -3))
 
 
 def test_features_move_and_survive_the_disk(tmp_path: Path):
