@@ -104,8 +104,8 @@ def export_listening_test(
 ) -> None:
     """Writes the folder `output`: `page`, to be given away, and `key.json`, to be kept.
 
-    Every clip is cut to the same length, mono at 16 kHz with peak 0.5, and the file loses its name and metadata, so
-    that neither peak level nor bandwidth nor the file tells the systems apart.
+    Every clip is cut to the same length, mono with peak 0.5 at the lowest of the systems' sampling rates, and the file
+    loses its name and metadata, so that neither peak level nor bandwidth nor the file tells the systems apart.
 
     Args:
         output: A folder that does not exist yet; a folder with the same test is left as it is.

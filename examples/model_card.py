@@ -12,9 +12,9 @@ from melfusion_pipeline import MelFusionPipeline
 
 TRAINING = "training.json"
 LICENSE = "LICENSE.md"
-# What `--train` of the training script trains.
 # Before the name of a pipeline that training started from, in place of base models.
 WHOLE_PIPELINE = "the whole pipeline "
+# What `--train` of the training script trains.
 TRAINED = {
     "synapse": "the synapse",
     "lora": "the synapse and a LoRA of the music UNet",
