@@ -58,6 +58,7 @@ def test_another_default_device_changes_nothing(vocoder):
         assert torch.equal(vocoder(spectrogram, first_frame=7), expected)
 
 
+@torch.no_grad()
 def test_what_the_backbone_sees_is_normalised(vocoder):
     # Without a bias the norm that follows would hide every scale.
     torch.nn.init.normal_(vocoder.embed.bias)
