@@ -73,6 +73,9 @@ def predicting_epsilon(pipe: MelFusionPipeline) -> Iterator[None]:
     def convert(module, arguments, output):
         noisy, timestep = arguments[:2]
         alpha = pipe.scheduler.alphas_cumprod[timestep].sqrt()
+        # The decoder may have a guidance branch more than the encoder; all branches see the same latents.
+        of_one = math.gcd(len(noisy), len(output.sample))
+        noisy = noisy[:of_one].repeat(len(output.sample) // of_one, 1, 1, 1)
         output.sample = alpha * output.sample + (1 - alpha**2).sqrt() * noisy
         return output
 
