@@ -152,7 +152,7 @@ def write_clip(index: int, row: dict, split: str, sound_font: Path, args: argpar
     instrument = list(INSTRUMENTS)[index % len(INSTRUMENTS)]
     genre = list(GENRES)[generator.integers(len(GENRES))]
     caption = TEMPLATES[generator.integers(len(TEMPLATES))].format(instrument=instrument, genre=genre)
-    notes = compose(instrument, genre, row["arousal"], row["valence"], generator)
+    notes = compose(genre, row["arousal"], row["valence"], generator)
     path = args.output / split / "audio" / f"{index:05d}.flac"
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, render(notes, instrument, sound_font), SAMPLING_RATE)

@@ -134,11 +134,10 @@ def _drums(bars, genre, arousal) -> list[tuple[float, float, int, int]]:
     ]
 
 
-def compose(instrument: str, genre: str, arousal: float, valence: float, generator: np.random.Generator) -> list[Note]:
+def compose(genre: str, arousal: float, valence: float, generator: np.random.Generator) -> list[Note]:
     """Composes `DURATION` seconds of music.
 
     Args:
-        instrument: key of `INSTRUMENTS`, plays melody, chords and bass.
         genre: key of `GENRES`.
         arousal: 0 to 1, decides tempo, note density, drums and loudness.
         valence: 0 to 1, decides the mode (major above 0.5) and the register.

@@ -15,7 +15,6 @@ SOUND_FONT_PACKAGE = "timgm6mb-soundfont"
 SKY_CLASSES = {"fields": "green fields", "fog": "a foggy landscape", "snow": "a snowy landscape", "sea": "the sea",
                "water": "a lake or river", "lava": "a volcanic landscape", "space": "a space station",
                "station": "an industrial hall", "sky": "the sky", "industrial": "an industrial site"}  # fmt: skip
-SKY_AUTHORS = ("bwerner", "dmottl", "earthrise", "loc", "mfield", "myrabella", "nasa")
 # Everything else in these packages is abstract, a logo, a dark or portrait variant or another size of the same scene.
 WALLPAPERS = {
     "lomiri-wallpapers-16.04": {
