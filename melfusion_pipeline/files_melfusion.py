@@ -30,7 +30,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}, make it.")
     # A folder, because only its owner may read a file that `tempfile` makes, and it would stay so under its new name.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as folder:
         temporary = Path(folder, path.name)
         yield temporary
         os.replace(temporary, path)

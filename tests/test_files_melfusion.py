@@ -44,6 +44,14 @@ def test_others_may_read_what_they_could_read_before(tmp_path: Path):
     assert len(modes) == 1
 
 
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path: Path):
+    target = tmp_path / f"{251 * 'n'}.txt"
+    target.touch()
+    with atomic_write(target) as temporary:
+        temporary.write_text("content")
+    assert target.read_text() == "content"
+
+
 def test_a_missing_folder_is_an_error(tmp_path: Path):
     message = "missing/file.txt' cannot be written: there is no folder '.*missing'"
     with pytest.raises(FileNotFoundError, match=message), atomic_write(tmp_path / "missing" / "file.txt"):

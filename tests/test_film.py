@@ -453,7 +453,7 @@ def test_a_kill_while_writing_leaves_the_old_film_or_none(tmp_path):
             path.write_bytes(before)
         process = start(lambda: write_for_long(path), printed)
         assert prints(process, printed, lines=1)
-        partial = wait_for(lambda: [file for file in tmp_path.glob(".show.mp4-*/show.mp4") if file.stat().st_size])
+        partial = wait_for(lambda: [file for file in tmp_path.glob(".partial-*/show.mp4") if file.stat().st_size])
         process.kill()
         process.join()
         assert partial and process.exitcode == -signal.SIGKILL
