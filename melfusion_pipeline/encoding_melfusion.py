@@ -148,6 +148,7 @@ class EncodingMixin:
             check_finite("the inversion of the picture", *features.keys.values(), *features.values.values())
         return features
 
+    @one_at_a_time
     def prepare_image_latents(self, image: Image, image_size: int | None = None) -> torch.Tensor:
         """Prepares pictures and encodes them: the mode of the VAE's posterior, so that no generator is consumed.
 

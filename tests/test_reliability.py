@@ -126,6 +126,23 @@ def test_pictures_encoded_in_threads_while_music_is_made_are_the_same(pipe):
             assert all(torch.equal(future.result().keys[layer], key) for layer, key in alone.keys.items())
 
 
+def test_only_one_thread_at_a_time_has_the_pictures_vae_which_runs_in_another_dtype_meanwhile(pipe, monkeypatch):
+    encode, inside, most = pipe.image_vae.encode, [], []
+
+    def count(pixel_values):
+        inside.append(pixel_values)
+        time.sleep(0.02)
+        most.append(len(inside))
+        inside.pop()
+        return encode(pixel_values)
+
+    monkeypatch.setattr(pipe.image_vae, "encode", count)
+    with ThreadPoolExecutor(2) as threads:
+        for latents in threads.map(pipe.prepare_image_latents, [photograph(0), photograph(1)]):
+            assert latents.isfinite().all()
+    assert most == [1, 1]
+
+
 def test_a_callback_may_call_the_pipeline_again(pipe):
     nested = []
 
