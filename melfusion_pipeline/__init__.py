@@ -30,7 +30,8 @@
 | `melfusion_pipeline.sets` | sets of triplets as `datasets` has them |
 | `melfusion_pipeline.data` | triplets: reading, checking, publishing |
 | `melfusion_pipeline.streams` | triplets read while training |
-| `melfusion_pipeline.training` | the training objective and its caches |
+| `melfusion_pipeline.training` | the training objective |
+| `melfusion_pipeline.caches` | what never changes in training, computed once |
 | `melfusion_pipeline.metrics` | figures of generated music, as pure functions |
 | `melfusion_pipeline.extractors` | the embeddings that the figures are computed from |
 | `melfusion_pipeline.plotting` | figures to look at |

@@ -163,6 +163,10 @@ def is_found(reference: str, module: str) -> bool:
     return True
 
 
+def test_the_package_says_what_each_module_holds():
+    assert sorted(re.findall(r"^\| `melfusion_pipeline\.(\w+)` \|", melfusion_pipeline.__doc__, re.M)) == MODULES
+
+
 @pytest.mark.parametrize("module", ["__init__", *MODULES])
 def test_names_in_backticks_are_those_of_something_that_exists(module):
     tree = ast.parse((PACKAGE / f"{module}.py").read_text())
