@@ -16,7 +16,7 @@ from slideshow import SIDE, add_music_arguments, load_pipeline, make_music, read
 from melfusion_pipeline.film import Film, choose_frame, find_shots, read_film, read_shots, split_shots, stretches
 from melfusion_pipeline.onsets import draw_spectrogram, find_onsets, share_met, share_met_by_chance
 from melfusion_pipeline.plotting import plot_storyboard
-from melfusion_pipeline.scoring import check_container, write_scored_film
+from melfusion_pipeline.scoring import check_container, check_old_sound, write_scored_film
 
 EXAMPLES = Path(__file__).parent
 sys.path.append(str(EXAMPLES / "small_checkpoint"))
@@ -60,6 +60,7 @@ def describe(shots: list[int], starts: list[float], film: Film, seconds: list[fl
 
 def main() -> None:
     arguments = parse_arguments()
+    check_old_sound(arguments.old_sound, arguments.old_sound_gain_in_db)
     film = read_film(arguments.film)
     output = arguments.output or Path("build", arguments.film.name)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,8 @@ Needs the extra `film`. Beside the mp4 lie the WAV and a JSON that says when whi
 import argparse
 import json
 import re
+import tempfile
+from collections import Counter
 from pathlib import Path
 
 import PIL.Image
@@ -22,8 +24,9 @@ from melfusion_pipeline.plotting import plot_storyboard
 from melfusion_pipeline.scoring import read_picture, write_slideshow
 
 EXAMPLES = Path(__file__).parent
-# Of the pictures in a folder, those that Pillow opens without a plugin.
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+# Of the files in a folder, what this Pillow opens of these kinds: AVIF since 11.3.
+FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP"}
+SUFFIXES = {suffix for suffix, name in PIL.Image.registered_extensions().items() if name in FORMATS}
 # More than the pipeline looks at.
 SIDE = 768
 
@@ -51,9 +54,17 @@ def parse_arguments() -> argparse.Namespace:
     length.add_argument("--total", type=float, help="seconds of the whole, shared out equally")
     parser.add_argument("--size", type=parse_size, default=(1920, 1080), metavar="WIDTHxHEIGHT")
     parser.add_argument("--crop", action="store_true", help="fill the size and cut off the rest; default: black bars")
-    parser.add_argument("--output", type=Path, default=Path("build/slideshow.mp4"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("build/slideshow.mp4"), help="an .mp4; more lies beside it"
+    )
     add_music_arguments(parser)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for path in arguments.pictures:
+        if not path.exists():
+            parser.error(f"{path} is no picture and no folder; a sentence is given as --prompt")
+    if arguments.output.suffix.lower() != ".mp4":
+        parser.error(f"--output {arguments.output} must end in .mp4")
+    return arguments
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -61,19 +72,30 @@ def parse_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 1280x720")
-    return int(match[1]), int(match[2])
+    size = int(match[1]), int(match[2])
+    if any(side < 16 or side % 2 for side in size):
+        raise argparse.ArgumentTypeError(f"{text!r} must be even numbers, 16 at least")
+    return size
 
 
 def list_pictures(paths: list[Path]) -> list[Path]:
-    """Lists the pictures of files and folders; `2.jpg` comes before `10.jpg`.
+    """Lists the pictures of files and folders; `2.jpg` comes before `10.jpg`. What a folder holds besides is printed.
 
     Raises:
         ValueError: If there is none.
     """
     found = []
     for path in paths:
-        inside = [file for file in path.glob("*") if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
-        found += sorted(inside, key=by_number) if path.is_dir() else [path]
+        if not path.is_dir():
+            found.append(path)
+            continue
+        files = [file for file in path.glob("*") if file.is_file() and not file.name.startswith(".")]
+        inside = [file for file in files if file.suffix.lower() in SUFFIXES]
+        found += sorted(inside, key=by_number)
+        if len(inside) < len(files):
+            others = Counter(file.suffix.lower() or file.name for file in files if file not in inside)
+            said = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+            print(f"not shown of {path}, as Pillow does not open them: {said}")
     if not found:
         raise ValueError(f"There is no picture in {', '.join(map(str, paths))}.")
     return found
@@ -165,9 +187,16 @@ def main() -> None:
     paths = list_pictures(arguments.pictures)
     starts, duration = lay_out(len(paths), arguments.seconds, arguments.total)
     prompt = read_prompts(arguments, len(paths))
+    output = arguments.output
+    if output.with_suffix(".png").resolve() in {path.resolve() for path in paths}:
+        raise ValueError(
+            f"{str(output.with_suffix('.png'))!r} is one of the pictures, and where --preview draws for this --output:"
+            " write to another folder, or take it out."
+        )
     pictures = [read_picture(path, SIDE) for path in paths]
-    output = arguments.output.with_suffix(".mp4")
     output.parent.mkdir(parents=True, exist_ok=True)
+    # A folder that cannot be written to is told before minutes of music are made.
+    tempfile.TemporaryFile(dir=output.parent).close()
 
     pipe = load_pipeline(arguments.checkpoint)
     rate = pipe.sampling_rate

@@ -192,10 +192,7 @@ def write_scored_film(
         OSError: If the file cannot be written.
     """
     path = Path(path)
-    if old_sound not in ("drop", "keep", "duck"):
-        raise ValueError(f"`old_sound` must be 'drop', 'keep' or 'duck', got {old_sound!r}.")
-    if not -120 <= old_sound_gain_in_db <= 40:
-        raise ValueError(f"`old_sound_gain_in_db` must be in [-120, 40], got {old_sound_gain_in_db!r}.")
+    check_old_sound(old_sound, old_sound_gain_in_db)
     if path.exists() and path.samefile(film.path):
         raise ValueError(f"`path` is the film itself, {str(path)!r}: write the scored film to another file.")
     waveform = _as_channels(waveform, sampling_rate)
@@ -216,18 +213,35 @@ def write_scored_film(
                 _mux(container, _copy(progress, copied, film.start), _encode_sound(container, sound))
 
 
+def check_old_sound(old_sound: str, old_sound_gain_in_db: float) -> None:
+    """Refuses what `write_scored_film` would refuse of these, before minutes of music are made for it.
+
+    Args:
+        old_sound: `"drop"`, `"keep"` or `"duck"`.
+        old_sound_gain_in_db: In [-120, 40].
+
+    Raises:
+        ValueError: If one is anything else.
+    """
+    if old_sound not in ("drop", "keep", "duck"):
+        raise ValueError(f"`old_sound` must be 'drop', 'keep' or 'duck', got {old_sound!r}.")
+    if not -120 <= old_sound_gain_in_db <= 40:
+        raise ValueError(f"`old_sound_gain_in_db` must be in [-120, 40], got {old_sound_gain_in_db!r}.")
+
+
 def check_container(path: str | os.PathLike, film: Film) -> None:
     """Refuses what `write_scored_film` would refuse of a path, before minutes of music are made for it.
 
     Args:
-        path: The file to write.
+        path: The file to write, in a folder that exists.
         film: The film whose pictures it is to hold.
 
     Raises:
         ValueError: If the suffix is no container's, or the container does not take the film's pictures.
+        OSError: If the folder cannot be written to.
     """
     path = Path(path)
-    with open_film(film.path) as source, tempfile.TemporaryDirectory() as folder:
+    with open_film(film.path) as source, tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         stream = picture_stream(source, film.path)
         with _create(Path(folder, path.name)) as container, _naming_what_cannot_be_copied(stream, path):
             _add_copied_stream(container, stream)

@@ -193,6 +193,9 @@ def test_a_film_is_scored_by_its_shots(folder):
 def test_what_cannot_become_a_slide_show_or_a_film_is_refused_by_name(folder, monkeypatch, capsys):
     with pytest.raises(ValueError, match="There is no picture in"):
         list_pictures([folder / "checkpoint"])
+    (folder / "pictures" / "phone.HEIC").write_bytes(b"")
+    assert len(list_pictures([folder / "pictures"])) == 3
+    assert capsys.readouterr().out.endswith("as Pillow does not open them: 1 .heic, 1 .txt\n")
     assert lay_out(3, [2.0], None) == ([0, 2, 4], 6) and lay_out(4, [6.0], 10.0) == ([0, 2.5, 5, 7.5], 10)
     with pytest.raises(ValueError, match="--seconds takes one number or one a picture, got 2 for 3 pictures"):
         lay_out(3, [1.0, 2.0], None)
@@ -202,11 +205,20 @@ def test_what_cannot_become_a_slide_show_or_a_film_is_refused_by_name(folder, mo
     for command, message in (
         ((slideshow, folder / "pictures" / "notes.txt"), "notes.txt' cannot be read as a picture"),
         ((slideshow, folder / "pictures", "--size", "wide"), "'wide' is no size such as 1280x720"),
+        ((slideshow, folder / "pictures", "--size", "1281x720"), "'1281x720' must be even numbers, 16 at least"),
+        ((slideshow, "a waltz for piano", folder / "pictures"), "no folder; a sentence is given as --prompt"),
+        ((slideshow, folder / "pictures", "--output", folder / "show 1.5 m"), "show 1.5 m must end in .mp4"),
+        ((slideshow, folder / "pictures", "--output", folder / "pictures" / "1.mp4"), "1.png' is one of the pictures"),
+        ((slideshow, folder / "pictures", "--output", "/proc/show.mp4"), "/proc/"),
+        ((score_film, folder / "film.mp4", "--output", "/proc/film.mp4"), "/proc/"),
+        ((score_film, folder / "film.mp4", "--old_sound_gain_in_db", "100"), "must be in [-120, 40], got 100"),
         ((score_film, folder / "film.mp4", "--output", folder / "film.mp4"), "--output is the film itself"),
         ((score_film, folder / "film.mp4", "--output", folder / "film.webm"), "(h264) cannot be copied into"),
         ((score_film, folder / "pictures" / "1.png.mp4"), "1.png.mp4"),
     ):
         monkeypatch.setattr(sys, "argv", list(map(str, [command[0].__name__, *command[1:]])))
+        # All of it is refused before minutes of music are made.
+        monkeypatch.setattr(command[0], "load_pipeline", None)
         with pytest.raises((SystemExit, ValueError, OSError)) as refused:
             command[0].main()
         said = capsys.readouterr().err.splitlines()[-1] if refused.type is SystemExit else str(refused.value)
