@@ -20,6 +20,7 @@
 | `melfusion_pipeline.denoising_melfusion` | one step: the music UNet on every window, in every branch |
 | `melfusion_pipeline.adapters_melfusion` | LoRA adapters of the music UNet |
 | `melfusion_pipeline.checks_melfusion` | refusing what a call cannot do |
+| `melfusion_pipeline.arguments_melfusion` | refusing single arguments: numbers, paths |
 | `melfusion_pipeline.blending` | `blend_image`: the synapse as a plug for other pipelines |
 | `melfusion_pipeline.attention_melfusion` | the attention processors that record and blend keys and values |
 | `melfusion_pipeline.vocoder_melfusion` | `MusicVocoder`: the small checkpoint's vocoder |

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .arguments_melfusion import check_integer, check_real
 from .files_melfusion import atomic_write
 from .locks_melfusion import one_at_a_time
 from .sources_melfusion import HUB_ARGUMENTS, Source
@@ -294,9 +295,18 @@ def add_lora(
 
     Raises:
         ImportError: If PEFT is not installed.
-        ValueError: If no layer has such a name.
+        TypeError: If an argument has the wrong type.
+        ValueError: If no layer has such a name, or a number is out of range.
     """
     peft = _import_peft()
+    check_integer("rank", rank, 1)
+    check_integer("seed", seed, 0)
+    if lora_alpha is not None:
+        check_real("lora_alpha", lora_alpha)
+        if lora_alpha <= 0:
+            raise ValueError(f"`lora_alpha` must be above 0, got {lora_alpha}.")
+    if isinstance(targets, str) or not isinstance(targets, Iterable):
+        raise TypeError(f"`targets` must be a list of names, got {targets!r:.80}.")
     targets = [*targets]
     if not any(f".{name}".endswith(f".{target}") for name, _ in unet.named_modules() for target in targets):
         raise ValueError(f"`targets` must be ends of layers' names, as {', '.join(LORA_TARGETS)}, got {targets}.")

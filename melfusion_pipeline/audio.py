@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.utils import logging
 
+from .arguments_melfusion import check_integer, check_path, check_real
+from .checks_melfusion import check_float_tensor
 from .files_melfusion import atomic_write
 from .waveforms_melfusion import (
     Spectrogram,
@@ -86,10 +88,11 @@ def save_audio(path: str | os.PathLike, waveform: np.ndarray | torch.Tensor, sam
             12, 16, 22.05, 24, 32, 44.1 and 48 kHz only, Ogg Vorbis at most 200 kHz.
 
     Raises:
-        TypeError: if `waveform` is not a floating-point array or tensor.
+        TypeError: if `path` is no path, or `waveform` not a floating-point array or tensor.
         ValueError: if `waveform` is empty, not finite or of another shape, or the suffix or the rate is unusable.
         OSError: if the file cannot be written, for example on a full disk.
     """
+    check_path("path", path)
     path, file_format = Path(path), Path(path).suffix[1:].upper()
     check_sampling_rate(sampling_rate)
     check_file_format(path, file_format, sampling_rate)
@@ -132,12 +135,12 @@ def load_audio(
 
     Raises:
         ImportError: if the file needs PyAV and it is not installed.
+        TypeError: if `path` is no path, or `start` or `duration` no number.
         ValueError: if `start` or `duration` is unusable, or the file is unreadable or holds no finite samples there.
     """
-    if not math.isfinite(start) or start < 0:
-        raise ValueError(f"`start` must be zero or more seconds, but is {start!r}.")
-    if duration is not None and not (math.isfinite(duration) and duration > 0):
-        raise ValueError(f"`duration` must be a positive number of seconds or None, but is {duration!r}.")
+    check_real("start", start, 0.0)
+    if duration is not None:
+        check_length("duration", duration)
     decode = decode_with_av if needs_av(path) else decode_with_libsndfile
     samples, sampling_rate = decode(path, start, duration)
     if samples.shape[-1] == 0:
@@ -147,8 +150,17 @@ def load_audio(
     return torch.from_numpy(np.ascontiguousarray(samples)), sampling_rate
 
 
+def check_length(name: str, seconds: float) -> None:
+    """Raises `TypeError` or `ValueError` unless `seconds`, for the message called `name`, is a positive number."""
+    check_real(name, seconds)
+    if seconds <= 0:
+        raise ValueError(f"`{name}` must be a positive number of seconds, but is {seconds!r}.")
+
+
 def needs_av(path: str | os.PathLike | EmbeddedFile) -> bool:
     """Returns whether PyAV must read the sound file `path`; one that lies inside of a set may have no suffix."""
+    if not isinstance(path, EmbeddedFile):
+        check_path("path", path)
     is_mp4 = isinstance(path, EmbeddedFile) and path.content[4:8] == b"ftyp"
     return is_mp4 or Path(str(path)).suffix.lower() in AV_SUFFIXES
 
@@ -173,7 +185,8 @@ def stretch_bounds(start: float, duration: float | None, sampling_rate: int, num
 def open_with_libsndfile(path: str | os.PathLike | EmbeddedFile) -> Iterator[soundfile.SoundFile]:
     """Opens the sound file `path`; what libsndfile refuses while it is open is a `ValueError` that names the file."""
     if not isinstance(path, EmbeddedFile) and not Path(path).is_file():
-        raise ValueError(f"{str(path)!r} cannot be read as a sound file: there is no such file.")
+        found = "it is a folder" if Path(path).is_dir() else "there is no such file"
+        raise ValueError(f"{str(path)!r} cannot be read as a sound file: {found}.")
     try:
         with soundfile.SoundFile(BytesIO(path.content) if isinstance(path, EmbeddedFile) else path) as file:
             yield file
@@ -311,10 +324,13 @@ def encode_mel(
         its dtype.
 
     Raises:
+        TypeError: if `mel` is no tensor of floating-point numbers.
         ValueError: if `sample_mode` is unknown or `mel` has another shape.
     """
     if sample_mode not in ("mode", "sample"):
         raise ValueError(f"`sample_mode` must be 'mode' or 'sample', but is {sample_mode!r}.")
+    check_float_tensor("mel", mel)
+    check_integer("num_mel_bands", num_mel_bands, 1)
     if mel.ndim != 3 or mel.shape[-1] != num_mel_bands:
         raise ValueError(f"`mel` must be [batch, frames, {num_mel_bands}], but its shape is {list(mel.shape)}.")
     posterior = vae.encode(mel.unsqueeze(1).to(vae.device, vae.dtype)).latent_dist
@@ -349,7 +365,7 @@ def waveform_to_latents(
         `[B, latent channels, frames / 4, 16]` with AudioLDM's autoencoder: at 10.24 s `[B, 8, 256, 16]`.
 
     Raises:
-        TypeError: if `waveform` is not a floating-point array or tensor.
+        TypeError: if `waveform` is not a floating-point array or tensor, or the length no number.
         ValueError: if an argument is empty, not finite, out of range or of the wrong shape.
     """
     mel = waveform_to_mel(waveform, sampling_rate, vae, audio_length_in_s, spectrogram)
@@ -396,8 +412,8 @@ def prepare_mel(
     check_sampling_rate(sampling_rate)
     if waveform.ndim > 3:
         raise ValueError(f"`waveform` must be [T], [C, T] or [B, C, T], but its shape is {list(waveform.shape)}.")
-    if audio_length_in_s is not None and not (math.isfinite(audio_length_in_s) and audio_length_in_s > 0):
-        raise ValueError(f"`audio_length_in_s` must be positive and finite, or None, but is {audio_length_in_s!r}.")
+    if audio_length_in_s is not None:
+        check_length("audio_length_in_s", audio_length_in_s)
     device = torch.device(device)
     waveform = waveform.to(working_dtype(device)).to(device)
     waveform = resample(waveform[(None,) * (3 - waveform.ndim)].mean(dim=1), sampling_rate, spectrogram.sampling_rate)
@@ -437,8 +453,13 @@ def load_random_crop(
         Mono, peak 0.5, float32 `[audio_length_in_s * new_sampling_rate]`, padded with zeros if the music is shorter.
 
     Raises:
-        ValueError: as `load_audio` does.
+        TypeError, ValueError: as `load_audio` does, also for `audio_length_in_s` and `new_sampling_rate`.
     """
+    check_real("start", start, 0.0)
+    check_length("audio_length_in_s", audio_length_in_s)
+    check_sampling_rate(new_sampling_rate, "new_sampling_rate")
+    if duration is not None:
+        check_length("duration", duration)
     available = min(audio_duration(path) - start, duration or math.inf)
     start += max(0.0, available - audio_length_in_s) * torch.rand((), generator=generator).item()
     waveform, sampling_rate = load_audio(path, start, min(audio_length_in_s, duration or math.inf))

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .arguments_melfusion import check_integer, check_path
 from .attention_melfusion import MAX_RECORDED_TOKENS
 from .audio import prepare_mel, waveform_to_mel
 from .families_melfusion import pad_texts
@@ -25,6 +26,7 @@ from .features_melfusion import ImageFeatures, nearest_steps
 from .files_melfusion import atomic_write
 from .inversion_melfusion import ddim_walk, inversion_grid
 from .modeling_melfusion import decoder_layers
+from .pictures_melfusion import MAX_IMAGE_SIZE
 from .waveforms_melfusion import Spectrogram
 
 
@@ -37,6 +39,7 @@ class CacheFiles:
     """
 
     def __init__(self, folder: str | os.PathLike, fingerprint: bytes) -> None:
+        check_path("folder", folder)
         self.folder, self.fingerprint = Path(folder), fingerprint
         self.folder.mkdir(parents=True, exist_ok=True)
         self._paths: dict[str, Path] = {}
@@ -105,11 +108,18 @@ class PictureCache:
         pipe: The pipeline whose picture side inverts.
         num_inversion_steps: N.
         image_size: The side to which pictures are prepared (centre crop), in pixels.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is out of range, or `image_size` no multiple of what the picture's VAE halves.
     """
 
     def __init__(
         self, folder: str | os.PathLike, pipe: DiffusionPipeline, num_inversion_steps: int, image_size: int
     ) -> None:
+        check_integer("image_size", image_size, 1, MAX_IMAGE_SIZE)
+        if image_size % pipe.image_vae_scale_factor:
+            raise ValueError(f"`image_size` must be a multiple of {pipe.image_vae_scale_factor}, got {image_size}.")
         self.pipe, self.image_size = pipe, image_size
         self.levels = inversion_grid(pipe.image_scheduler, num_inversion_steps)[:-1]
         self.timesteps = torch.tensor([level.timestep for level in self.levels])

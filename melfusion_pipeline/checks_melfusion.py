@@ -2,10 +2,8 @@
 
 import inspect
 import math
-import sys
 from collections.abc import Callable
 from itertools import pairwise
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -14,8 +12,10 @@ import torch
 from diffusers import DDIMInverseScheduler, DPMSolverMultistepInverseScheduler, PNDMScheduler
 from diffusers.utils import logging
 
+from .arguments_melfusion import check_integer, check_real
 from .features_melfusion import FEATURE_SOURCES, ImageFeatures
 from .given_audio_melfusion import as_stretches
+from .pictures_melfusion import MAX_IMAGE_SIZE
 from .waveforms_melfusion import normalize_waveform
 
 logger = logging.get_logger(__name__)
@@ -24,7 +24,6 @@ OUTPUT_TYPES = ("np", "pt", "mel", "latent")
 # Larger values are taken for slips of the keyboard: no machine could compute them.
 MAX_AUDIO_LENGTH_IN_S = 3600.0
 MAX_WAVEFORMS_PER_PROMPT = 1000
-MAX_IMAGE_SIZE = 8192
 MAX_WINDOW_OVERLAP = 0.9
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -100,13 +99,13 @@ def check_call(
     check_components(pipe)
     if audio is not None:
         _check_audible(audio)
-    _check_integer("num_inference_steps", num_inference_steps, 1, pipe.scheduler.config.num_train_timesteps)
-    _check_integer("num_waveforms_per_prompt", num_waveforms_per_prompt, 1, MAX_WAVEFORMS_PER_PROMPT)
-    _check_real("guidance_scale", guidance_scale)
-    _check_real("eta", eta, 0.0, 1.0)
-    _check_real("image_guidance_end", image_guidance_end, 0.0, 1.0)
+    check_integer("num_inference_steps", num_inference_steps, 1, pipe.scheduler.config.num_train_timesteps)
+    check_integer("num_waveforms_per_prompt", num_waveforms_per_prompt, 1, MAX_WAVEFORMS_PER_PROMPT)
+    check_real("guidance_scale", guidance_scale)
+    check_real("eta", eta, 0.0, 1.0)
+    check_real("image_guidance_end", image_guidance_end, 0.0, 1.0)
     frame_length = pipe.vae_scale_factor * pipe._seconds_per_frame
-    _check_real("audio_length_in_s", audio_length_in_s, frame_length * (1 - 1e-6), MAX_AUDIO_LENGTH_IN_S)
+    check_real("audio_length_in_s", audio_length_in_s, frame_length * (1 - 1e-6), MAX_AUDIO_LENGTH_IN_S)
     _check_windows(pipe, window_length_in_s, window_overlap, window_batch_size)
     _check_choice("output_type", output_type, OUTPUT_TYPES)
     if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, dict):
@@ -132,14 +131,14 @@ def check_call(
     if num_images:
         check_synapse_scale(pipe.synapse, synapse_scale)
     if image_guidance_scale is not None:
-        _check_real("image_guidance_scale", image_guidance_scale)
+        check_real("image_guidance_scale", image_guidance_scale)
         if not num_images:
             raise ValueError(
                 f"`image_guidance_scale` is {image_guidance_scale}, but there is no picture: pass `image` or"
                 " `image_features`, or leave it None."
             )
 
-    num_prompts = _check_prompts(pipe, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images)
+    num_prompts = check_prompts(pipe, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images)
     if num_images > 1 and num_prompts > 1 and num_images != num_prompts:
         raise ValueError(
             f"{num_images} pictures cannot meet {num_prompts} prompts: pass equal numbers, or one of either."
@@ -178,15 +177,15 @@ def check_call(
 def _check_windows(
     pipe: Any, window_length_in_s: float | None, window_overlap: float, window_batch_size: int | None
 ) -> None:
-    _check_real("window_overlap", window_overlap, 0.0, MAX_WINDOW_OVERLAP)
+    check_real("window_overlap", window_overlap, 0.0, MAX_WINDOW_OVERLAP)
     if window_batch_size is not None:
-        _check_integer("window_batch_size", window_batch_size, 1)
+        check_integer("window_batch_size", window_batch_size, 1)
     name = "window_length_in_s"
     if window_length_in_s is None:
         name, window_length_in_s = "default_window_length_in_s", pipe.config.default_window_length_in_s
     if window_length_in_s is None:
         return
-    _check_real(name, window_length_in_s)
+    check_real(name, window_length_in_s)
     # In fewer frames the UNet's deepest level would have none that is whole.
     shortest = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     shortest_in_s = shortest * pipe.vae_scale_factor * pipe._seconds_per_frame
@@ -206,7 +205,7 @@ def _check_storyboard(image_start_in_s: Any, num_images: int, num_prompts: int, 
             f"`image_start_in_s` must be a list of seconds, one a picture, or None, got {image_start_in_s!r:.80}."
         )
     for start in image_start_in_s:
-        _check_real("image_start_in_s", start)
+        check_real("image_start_in_s", start)
     if not num_images:
         raise ValueError(
             f"`image_start_in_s` is {image_start_in_s!r:.80}, but there is no picture: pass as many in `image` or"
@@ -265,7 +264,7 @@ def _check_audible(audio: torch.Tensor) -> None:
 def _check_strength(pipe: Any, strength: float | None, num_inference_steps: int) -> None:
     if strength is None:
         return
-    _check_real("strength", strength, 0.0, 1.0)
+    check_real("strength", strength, 0.0, 1.0)
     if int(num_inference_steps * strength) < 1:
         # Rounded up: of 0.333333 three steps leave none.
         least = math.ceil(1e4 / num_inference_steps) / 1e4
@@ -298,7 +297,7 @@ def _check_masks(
     stretches = as_stretches(mask_start_in_s, mask_end_in_s, given_length_in_s)
     for stretch in stretches:
         for name, bound in zip(("mask_start_in_s", "mask_end_in_s"), stretch):
-            _check_real(name, bound)
+            check_real(name, bound)
         start, end = stretch
         if not -tolerance <= start < end - tolerance <= given_length_in_s:
             raise ValueError(
@@ -324,14 +323,29 @@ def _check_masks(
         )
 
 
-def _check_prompts(
+def check_prompts(
     pipe: Any,
     prompt: str | list[str] | None,
     negative_prompt: str | list[str] | None,
     prompt_embeds: torch.Tensor | None,
     negative_prompt_embeds: torch.Tensor | None,
-    num_images: int,
+    num_images: int = 0,
 ) -> int:
+    """Refuses texts and embeddings of texts that cannot be encoded, or not together.
+
+    Args:
+        pipe: The pipeline that is called.
+        prompt, negative_prompt: As in `__call__`.
+        prompt_embeds, negative_prompt_embeds: As in `__call__`, `[prompts, channels]` with AudioLDM and MusicLDM.
+        num_images: The number of pictures; without one there must be a prompt.
+
+    Returns:
+        The number of prompts.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a value is unusable or does not fit the others. Either names argument, value and remedy.
+    """
     if prompt is None and prompt_embeds is None and not num_images:
         raise ValueError("There is nothing to make music of: pass `image`, `prompt` or both.")
     counts = []
@@ -339,7 +353,7 @@ def _check_prompts(
         ("prompt", prompt, prompt_embeds),
         ("negative_prompt", negative_prompt, negative_prompt_embeds),
     ):
-        _check_text(name, text)
+        check_text(name, text)
         if text is not None and embeds is not None:
             raise ValueError(f"Pass `{name}` or `{name}_embeds`, not both: got {text!r} and a tensor.")
         counts.append(_count(text) if embeds is None else pipe.prompts.check(f"{name}_embeds", embeds))
@@ -375,13 +389,13 @@ def check_image_inputs(
     _check_present(pipe, ("image_vae", "image_unet", "image_scheduler", "synapse"), "A picture")
     _check_scheduler("image_scheduler", pipe.image_scheduler)
     pipe.synapse.check_unets(pipe.image_unet, pipe.unet)
-    _check_integer("num_inversion_steps", num_inversion_steps, 1, pipe.image_scheduler.config.num_train_timesteps)
+    check_integer("num_inversion_steps", num_inversion_steps, 1, pipe.image_scheduler.config.num_train_timesteps)
     _check_choice("feature_source", feature_source, FEATURE_SOURCES)
-    _check_text("image_prompt", image_prompt)
+    check_text("image_prompt", image_prompt)
     if image_prompt is None or _count(image_prompt) not in (1, num_images):
         raise ValueError(f"`image_prompt` must be one text or {num_images}, one a picture, got {image_prompt!r}.")
     if image_size is not None:
-        _check_integer("image_size", image_size, pipe.image_vae_scale_factor)
+        check_integer("image_size", image_size, pipe.image_vae_scale_factor)
         if image_size % pipe.image_vae_scale_factor or image_size > MAX_IMAGE_SIZE:
             raise ValueError(
                 f"`image_size` must be a multiple of {pipe.image_vae_scale_factor} pixels, at most"
@@ -410,7 +424,7 @@ def _check_encoded_so(
     feature_source: str | None,
 ) -> None:
     """Refuses settings of `encode_image` that are not those of features; those that are may be said again."""
-    _check_text("image_prompt", image_prompt)
+    check_text("image_prompt", image_prompt)
     if image_prompt:
         # Features do not tell theirs. Like `prompt` beside `prompt_embeds` it stands beside what was made of it.
         raise ValueError(
@@ -419,7 +433,7 @@ def _check_encoded_so(
         )
     for name, value in (("image_size", image_size), ("num_inversion_steps", num_inversion_steps)):
         if value is not None:
-            _check_integer(name, value, 1)
+            check_integer(name, value, 1)
     if feature_source is not None:
         _check_choice("feature_source", feature_source, FEATURE_SOURCES)
     for name, value, recorded in (
@@ -561,13 +575,13 @@ def check_synapse_scale(synapse: Any, synapse_scale: float | list[float]) -> Non
     if isinstance(synapse_scale, (np.ndarray, torch.Tensor)) and synapse_scale.ndim:
         synapse_scale = synapse_scale.tolist()
     if not isinstance(synapse_scale, (list, tuple)):
-        return _check_real("synapse_scale", synapse_scale)
+        return check_real("synapse_scale", synapse_scale)
     if len(synapse_scale) != num_layers:
         raise ValueError(
             f"`synapse_scale` must be one number or {num_layers}, one a layer, got {len(synapse_scale)} numbers."
         )
     for scale in synapse_scale:
-        _check_real("synapse_scale", scale)
+        check_real("synapse_scale", scale)
 
 
 def _check_generator(generator: Any, batch_size: int) -> None:
@@ -612,7 +626,17 @@ def _count(text: str | list[str] | None) -> int:
     return len(text) if isinstance(text, list) else 1
 
 
-def _check_text(name: str, text: Any) -> None:
+def check_text(name: str, text: Any) -> None:
+    """Refuses what is neither a text nor a list of texts, nor None.
+
+    Args:
+        name: The argument's name, for the message.
+        text: What was given.
+
+    Raises:
+        TypeError: If it is anything else.
+        ValueError: If it is an empty list, or holds what no text can.
+    """
     texts = text if isinstance(text, list) else [text]
     if text is not None and not all(isinstance(single, str) for single in texts):
         raise TypeError(f"`{name}` must be a str or a list of str, got {text!r}.")
@@ -642,21 +666,3 @@ def check_float_tensor(name: str, value: Any) -> None:
 def _check_choice(name: str, value: Any, choices: Any) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
-
-
-def _check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"`{name}` must be an int, got {value!r}.")
-    if value < minimum or (maximum is not None and value > maximum):
-        limits = f"at least {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
-        raise ValueError(f"`{name}` must be {limits}, got {value}.")
-
-
-def _check_real(name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    # Compared instead of converted: an int may be larger than any float. But a narrow float would narrow the limits.
-    compared = float(value) if isinstance(value, np.floating) else value
-    if not max(minimum, -sys.float_info.max) <= compared <= min(maximum, sys.float_info.max):
-        limits = "" if minimum == -math.inf else f" and in [{minimum:.5g}, {maximum:.5g}]"
-        raise ValueError(f"`{name}` must be finite{limits}, got {value}.")

@@ -21,7 +21,8 @@ from diffusers.utils import logging
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
-from .audio import EmbeddedFile, load_audio, load_random_crop
+from .arguments_melfusion import check_integer, check_path, check_real
+from .audio import EmbeddedFile, check_length, load_audio, load_random_crop
 from .files_melfusion import atomic_write
 from .sets import load_set as load_set
 from .sets import read_remote
@@ -31,7 +32,7 @@ from .tables import MELBENCH_COLUMNS as MELBENCH_COLUMNS
 from .tables import PathLike
 from .tables import convert_musiccaps as convert_musiccaps
 from .tables import load_rows as load_rows
-from .waveforms_melfusion import Spectrogram
+from .waveforms_melfusion import Spectrogram, check_sampling_rate
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +42,7 @@ CANCELLING = " once its channels are averaged, for they cancel out: keep one of 
 
 def contained_path(path: PathLike, data_root: PathLike) -> Path:
     """Resolves `path`; a `ValueError` if it is no file, or it or its link's target is not below `data_root`."""
+    check_path("data_root", data_root)
     try:
         resolved, root = Path(path).resolve(), Path(data_root).resolve()
         is_file = resolved.is_file()
@@ -128,6 +130,7 @@ def examine_rows(rows: Iterable[dict], data_root: PathLike, min_duration_in_s: f
     Returns:
         What was seen of each row.
     """
+    check_real("min_duration_in_s", min_duration_in_s, 0.0)
     return [
         # Streamed rows of `load_set` have numbers only within their shards.
         examine_row({"row": number} | row, data_root, min_duration_in_s)
@@ -245,8 +248,13 @@ def read_triplet(
         inside of the set), named as in the batch that `collate_triplets` makes of them.
 
     Raises:
-        ValueError: if the row cannot be read, naming its number.
+        TypeError: if a number has the wrong type.
+        ValueError: if a number is out of range, or the row cannot be read, naming its number.
     """
+    check_integer("seed", seed, 0)
+    check_integer("epoch", epoch, 0)
+    check_length("audio_length_in_s", audio_length_in_s)
+    check_sampling_rate(sampling_rate)
     key = np.random.SeedSequence([seed, epoch, row["row"]]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(key[0]))
     try:

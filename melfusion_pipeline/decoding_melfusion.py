@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 
+from .arguments_melfusion import check_real
+from .checks_melfusion import MAX_AUDIO_LENGTH_IN_S, check_float_tensor
 from .given_audio_melfusion import GivenAudio
 from .waveforms_melfusion import Spectrogram, log_mel_spectrogram, normalize_waveform, working_dtype
 from .windows_melfusion import Windows
@@ -65,6 +67,16 @@ class DecodingMixin:
             return self._own_frames(num_frames)
         return self._latent_shape(window_length_in_s)[1]
 
+    def _check_decoding(
+        self, name: str, tensor: torch.Tensor, dimensions: tuple[str, ...], window_length_in_s: float | None
+    ) -> None:
+        """Refuses what cannot be decoded or encoded: no tensor, one of other `dimensions`, or such a window."""
+        check_float_tensor(name, tensor)
+        if tensor.ndim != len(dimensions) or 0 in tensor.shape:
+            raise ValueError(f"`{name}` must be [{', '.join(dimensions)}], got {list(tensor.shape)}.")
+        if window_length_in_s is not None:
+            check_real("window_length_in_s", window_length_in_s, 0.0, MAX_AUDIO_LENGTH_IN_S)
+
     def _decoded_frames(self, num_frames: int, window_length_in_s: float | None) -> int:
         return max(self._own_frames(num_frames), self._window_frames(num_frames, window_length_in_s))
 
@@ -85,7 +97,12 @@ class DecodingMixin:
 
         Returns:
             `[batch, channels, time, frequency]`, in the dtype of `vae`.
+
+        Raises:
+            TypeError: If `waveforms` is no tensor of floating-point numbers, or the window's length no number.
+            ValueError: If it has another shape, or the length is out of range.
         """
+        self._check_decoding("waveforms", waveforms, ("batch", "samples"), window_length_in_s)
         device, hop, spectrogram = self._execution_device, self._samples_per_latent_frame, Spectrogram.of(self)
         waveforms = normalize_waveform(waveforms.to(working_dtype(device)).to(device))
         waveforms = F.pad(waveforms, (0, -waveforms.shape[-1] % hop)).unflatten(-1, (-1, hop))
@@ -122,7 +139,12 @@ class DecodingMixin:
 
         Returns:
             `[batch, 1, frames, bands]`.
+
+        Raises:
+            TypeError, ValueError: As `encode_audio`.
         """
+        dimensions = ("batch", "channels", "time", "frequency")
+        self._check_decoding("latents", latents, dimensions, window_length_in_s)
         windows = self._decoder_windows(latents.shape[-2], decoder_margin(self.vae), window_length_in_s)
         latents = 1 / self.vae.config.scaling_factor * latents.to(self._execution_device)
         return self._run_in_windows(
@@ -150,9 +172,17 @@ class DecodingMixin:
 
         Returns:
             `[batch, samples]`, float32, on the CPU.
+
+        Raises:
+            TypeError, ValueError: As `encode_audio`, also for `audio_length_in_s`.
         """
+        check_float_tensor("mel_spectrogram", mel_spectrogram)
         if mel_spectrogram.ndim == 4:
             mel_spectrogram = mel_spectrogram.squeeze(1)
+        dimensions = ("batch", "frames", "bands")
+        self._check_decoding("mel_spectrogram", mel_spectrogram, dimensions, window_length_in_s)
+        if audio_length_in_s is not None:
+            check_real("audio_length_in_s", audio_length_in_s, 0.0, MAX_AUDIO_LENGTH_IN_S)
         num_frames = mel_spectrogram.shape[1]
         if audio_length_in_s is None:
             audio_length_in_s = num_frames * self._seconds_per_frame

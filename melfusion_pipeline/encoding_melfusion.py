@@ -10,7 +10,8 @@ import torch
 from diffusers import AutoencoderTiny, ModelMixin
 from diffusers.utils import logging
 
-from .checks_melfusion import check_finite, check_image_inputs
+from .arguments_melfusion import check_integer
+from .checks_melfusion import check_finite, check_image_inputs, check_text
 from .decoding_melfusion import own_size
 from .families_melfusion import text_lengths
 from .features_melfusion import ImageFeatures
@@ -162,7 +163,7 @@ class EncodingMixin:
         return self._encode_pixels(as_pil_images(image), image_size)
 
     def _encode_pixels(self, images: list[PIL.Image.Image], image_size: int | None) -> torch.Tensor:
-        image_size = image_size or self.default_image_size
+        image_size = self.default_image_size if image_size is None else image_size
         pixel_values = torch.stack([prepare_image(image, image_size) for image in images])
         return encode_pixels(self.image_vae, pixel_values.to(self._execution_device))
 
@@ -177,7 +178,15 @@ class EncodingMixin:
 
         Returns:
             `[num_images, tokens, channels]` in the dtype of `image_unet`.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If there is no text, or they are neither one nor `num_images`.
         """
+        check_integer("num_images", num_images, 1)
+        check_text("image_prompt", image_prompt)
+        if image_prompt is None or (isinstance(image_prompt, list) and len(image_prompt) not in (1, num_images)):
+            raise ValueError(f"`image_prompt` must be one text or {num_images}, got {image_prompt!r:.80}.")
         device, dtype = self._execution_device, self.image_unet.dtype
         if self.image_text_encoder is None or self.image_tokenizer is None:
             logger.warning(

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .arguments_melfusion import check_integer
 from .files_melfusion import atomic_write
 
 FEATURE_SOURCES = ("inversion", "reconstruction", "noising")
@@ -193,10 +194,13 @@ class ImageFeatures:
             The features, in the dtype in which they were saved.
 
         Raises:
+            TypeError: If `path` is no path, or `step` no int.
             FileNotFoundError: If there is no such file.
             ValueError: If the file is no complete set of features; the message names the file.
         """
         path = _as_path(path)
+        if step is not None:
+            check_integer("step", step, 0)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is no file: pass what `ImageFeatures.save` wrote.")
         try:

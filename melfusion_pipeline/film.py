@@ -25,6 +25,8 @@ import numpy as np
 import PIL.Image
 from diffusers.utils import logging
 
+from .arguments_melfusion import check_path, check_real, check_reals
+
 try:
     import av
     import scenedetect
@@ -111,13 +113,16 @@ def read_frames(film: Film, times: Iterable[float]) -> Iterator[PIL.Image.Image]
         RGB pictures as a player shows them: turned as the file's metadata says, with square pixels.
 
     Raises:
-        ValueError: If a picture cannot be decoded.
+        TypeError: If `film` is no `Film`, or a time no number.
+        ValueError: If a time is not finite, or a picture cannot be decoded.
     """
+    check_film(film)
     with open_film(film.path) as container:
         stream = picture_stream(container, film.path)
         stream.thread_type = "AUTO"
         frames, shown, coming = container.decode(stream), None, None
         for time in times:
+            check_real("times", time)
             try:
                 since = -math.inf if shown is None else shown.time - film.start
                 passed = bisect.bisect(film.keyframes, since) != bisect.bisect(film.keyframes, time)
@@ -167,14 +172,26 @@ def choose_frame(film: Film, start: float, end: float) -> tuple[float, PIL.Image
         The picture's second and the picture.
 
     Raises:
-        ValueError: If a picture cannot be decoded.
+        TypeError: If `film` is no `Film`, or `start` or `end` no number.
+        ValueError: If they do not ascend, or a picture cannot be decoded.
     """
+    check_film(film)
+    check_real("start", start)
+    check_real("end", end)
+    if not start < end:
+        raise ValueError(f"`start` and `end` must ascend, got {start} and {end}.")
     times = np.linspace(start, end, 7)[1:-1].tolist()
     pictures = list(read_frames(film, times))
     small = np.stack([np.asarray(picture.resize((16, 16)), dtype=np.float32) for picture in pictures])
     distances = np.abs(small[:, None] - small[None]).mean(axis=(1, 2, 3, 4))
     best = int(distances.argmin())
     return times[best], pictures[best]
+
+
+def check_film(film: Film) -> None:
+    """Raises `TypeError` unless `film` is a `Film`, such as for the path of one."""
+    if not isinstance(film, Film):
+        raise TypeError(f"`film` must be what `read_film` returns, got {film!r:.80}.")
 
 
 @contextmanager
@@ -188,13 +205,15 @@ def open_film(path: str | os.PathLike) -> Iterator["av.container.InputContainer"
         The open file.
 
     Raises:
+        TypeError: If `path` is no path.
         FileNotFoundError: If there is no such file.
         ValueError: If it is no film.
     """
+    check_path("path", path)
     try:
         container = av.open(os.fspath(path))
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{str(path)!r} cannot be read as a film: there is no such file.") from error
     except (av.error.FFmpegError, OSError) as error:
         raise ValueError(f"{str(path)!r} cannot be read as a film: {error}") from error
     with container:
@@ -239,7 +258,11 @@ def find_shots(film: Film) -> list[float]:
 
     Returns:
         The second at which each shot begins; the first is 0. A film without a cut is one shot.
+
+    Raises:
+        TypeError: If `film` is no `Film`.
     """
+    check_film(film)
     # Without `suppress_output` FFmpeg would print its log for the rest of the process.
     video = scenedetect.open_video(os.fspath(film.path), backend="pyav", suppress_output=True)
     manager = scenedetect.SceneManager()
@@ -261,9 +284,13 @@ def read_shots(path: str | os.PathLike, duration: float) -> list[float]:
         The second at which each shot begins; 0 is put before them where it is missing.
 
     Raises:
+        TypeError: If `path` is no path, or `duration` no number.
+        OSError: If there is no such file.
         ValueError: If there is no such column, or a beginning is no number, not after the one before it or not
             within the film; the row is named.
     """
+    check_path("path", path)
+    check_real("duration", duration, 0.0)
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         column = next((name for name in SHOT_COLUMNS if name in (rows.fieldnames or ())), None)
@@ -285,6 +312,14 @@ def read_shots(path: str | os.PathLike, duration: float) -> list[float]:
     return starts if starts and starts[0] == 0 else [0.0, *starts]
 
 
+def check_starts(starts: Sequence[float], duration: float) -> None:
+    """Raises `TypeError` or `ValueError` unless `starts` are seconds that ascend and end before `duration`."""
+    check_reals("starts", starts)
+    check_real("duration", duration)
+    if not all(before < after for before, after in pairwise([*starts, duration])):
+        raise ValueError(f"`starts` must ascend and end before `duration`, {duration} s, got {list(starts)!r:.80}.")
+
+
 def stretches(starts: Sequence[float], duration: float) -> list[tuple[float, float]]:
     """Pairs each of `starts` with its end: the next start, or `duration` for the last."""
     return list(pairwise([*starts, duration]))
@@ -300,7 +335,16 @@ def split_shots(starts: Sequence[float], duration: float, longest: float) -> tup
 
     Returns:
         Where each stretch begins, and the index of its shot.
+
+    Raises:
+        TypeError: If `starts` is no list of numbers, or another argument no number.
+        ValueError: If a number is not finite, `starts` do not ascend and end before `duration`, or `longest` is not
+            above 0.
     """
+    check_real("longest", longest)
+    if longest <= 0:
+        raise ValueError(f"`longest` must be above 0 s, got {longest}.")
+    check_starts(starts, duration)
     begins, shots = [], []
     for shot, (start, end) in enumerate(stretches(starts, duration)):
         count = math.ceil((end - start) / longest - 1e-9)

@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, ModelMixin, SchedulerMixin
 from diffusers.utils.logging import tqdm
 
+from .arguments_melfusion import check_integer
 from .attention_melfusion import KVRecorders, use_attn_processors
 from .features_melfusion import ImageFeatures, nearest_steps
 
@@ -33,7 +34,12 @@ def inversion_grid(scheduler: SchedulerMixin, num_inversion_steps: int) -> list[
 
     Returns:
         N + 1 noise levels.
+
+    Raises:
+        TypeError: If N is no int.
+        ValueError: If it is below 1 or above the number of training steps.
     """
+    check_integer("num_inversion_steps", num_inversion_steps, 1, scheduler.config.num_train_timesteps)
     scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
     scheduler.set_timesteps(num_inversion_steps)
     # For some N rounding gives the scheduler one timestep too many, below zero.

@@ -13,6 +13,8 @@ from scipy.spatial.distance import cdist, pdist
 from scipy.special import rel_entr
 from scipy.stats import t as student_t
 
+from .arguments_melfusion import check_integer, check_real
+
 
 class Interval(NamedTuple):
     """A figure, `estimate`, and the ends of its confidence interval, `low` and `high`."""
@@ -104,9 +106,10 @@ def frechet_distance_infinity(
         ValueError: If there are fewer than four generated clips or two sizes, or as `frechet_distance` does.
     """
     embeddings, reference = _check_two_sets(embeddings, reference, axes=(2, 3), minimum=4)
+    check_integer("steps", steps, 2)
+    check_integer("draws", draws, 1)
+    check_integer("seed", seed, 0)
     sizes = np.unique(np.linspace(len(embeddings) // 2, len(embeddings), steps).astype(int))
-    if len(sizes) < 2 or draws < 1:
-        raise ValueError(f"A line needs `steps` of at least 2 and `draws` of at least 1, got {steps} and {draws}.")
     generator, target = np.random.default_rng(seed), _mean_and_factor(reference)
 
     def subset_distance(size):
@@ -277,6 +280,9 @@ def bootstrap_interval(
         ValueError: If there are fewer than two rows or groups, or a value or a resample's statistic is not finite.
     """
     values = _check_embeddings("values", values, axes=(1, 2), minimum=2)
+    _check_confidence(confidence)
+    check_integer("resamples", resamples, 1)
+    check_integer("seed", seed, 0)
     rows = _rows_by_group(groups, len(values), minimum=2)
     draws = np.random.default_rng(seed).integers(len(rows), size=(resamples, len(rows)))
     estimates = [statistic(values[np.concatenate([rows[group] for group in draw])]) for draw in draws]
@@ -316,8 +322,9 @@ def jackknife_interval(
     Raises:
         ValueError: If there are fewer than two blocks or three rows or groups, or as `statistic` does.
     """
-    if blocks < 2:
-        raise ValueError(f"`blocks` must be at least 2, got {blocks}.")
+    check_integer("blocks", blocks, 2)
+    check_integer("seed", seed, 0)
+    _check_confidence(confidence)
     groups = [None] * len(samples) if groups is None else groups
     _check_equal("number of samples", samples=len(samples), groups=len(groups))
     samples = [np.asarray(sample) for sample in samples]
@@ -376,8 +383,19 @@ def _rows_by_group(groups, count, minimum):
     return rows
 
 
+def _check_confidence(confidence):
+    check_real("confidence", confidence)
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` must lie between 0 and 1, got {confidence}.")
+
+
 def _check_embeddings(name, values, axes, minimum=1):
-    values = np.asarray(values, np.float64)
+    try:
+        if np.iscomplexobj(values := np.asarray(values)):
+            raise TypeError("complex numbers")
+        values = np.asarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`{name}` must be an array of real numbers, its rows of one length, got {error}.") from error
     if values.ndim not in axes or values.size == 0 or len(values) < minimum:
         wanted = " or ".join(map(str, axes))
         raise ValueError(f"`{name}` must have {wanted} axes and at least {minimum} rows, got shape {values.shape}.")

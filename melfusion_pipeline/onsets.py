@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .arguments_melfusion import check_integer, check_real, check_reals
+from .film import check_starts
 from .waveforms_melfusion import check_sampling_rate, check_waveform
 
 try:
@@ -38,10 +40,7 @@ def find_onsets(waveform: np.ndarray | torch.Tensor, sampling_rate: int) -> tupl
         TypeError: If `waveform` is not a floating-point array or tensor.
         ValueError: If it is empty, not finite or not `[T]`.
     """
-    check_sampling_rate(sampling_rate)
-    samples = check_waveform(waveform).detach().cpu().float().numpy()
-    if samples.ndim != 1:
-        raise ValueError(f"`waveform` must be [samples], but its shape is {list(samples.shape)}: pick one piece.")
+    samples = _as_mono(waveform, sampling_rate)
     hop = max(1, sampling_rate // 100)
     settings = {"sr": sampling_rate, "hop_length": hop, "n_fft": 1024, "n_mels": 64}
     # A second of neighbours on either side: a block's edge is no onset.
@@ -58,6 +57,14 @@ def find_onsets(waveform: np.ndarray | torch.Tensor, sampling_rate: int) -> tupl
     return found * hop / sampling_rate, flux[found]
 
 
+def _as_mono(waveform: np.ndarray | torch.Tensor, sampling_rate: int) -> np.ndarray:
+    check_sampling_rate(sampling_rate)
+    samples = check_waveform(waveform).detach().cpu().float().numpy()
+    if samples.ndim != 1:
+        raise ValueError(f"`waveform` must be [samples], but its shape is {list(samples.shape)}: pick one piece.")
+    return samples
+
+
 def draw_spectrogram(waveform: np.ndarray | torch.Tensor, sampling_rate: int, num_columns: int = 4000) -> torch.Tensor:
     """Computes a log-mel spectrogram to look at, for `plot_storyboard`.
 
@@ -68,8 +75,13 @@ def draw_spectrogram(waveform: np.ndarray | torch.Tensor, sampling_rate: int, nu
 
     Returns:
         `[frames, 64]`, natural logarithm of the magnitude.
+
+    Raises:
+        TypeError: If `waveform` is not a floating-point array or tensor, or `num_columns` no int.
+        ValueError: If an argument is out of range, or `waveform` not `[T]`.
     """
-    samples = check_waveform(waveform).detach().cpu().float().numpy()
+    check_integer("num_columns", num_columns, 1)
+    samples = _as_mono(waveform, sampling_rate)
     hop = max(sampling_rate // 100, len(samples) // num_columns)
     mel = librosa.feature.melspectrogram(y=samples, sr=sampling_rate, hop_length=hop, n_fft=1024, n_mels=64, power=1)
     return torch.from_numpy(np.log(mel.T.clip(1e-5)))
@@ -90,7 +102,19 @@ def move_to_onsets(
 
     Returns:
         Where each picture begins; a change without an onset near it stays where it was.
+
+    Raises:
+        TypeError: If an argument is no number, or no list of numbers.
+        ValueError: If a number is not finite, `starts` do not ascend and end before `duration`, `reach` is below 0, or
+            there are not as many `strengths` as `onsets`.
     """
+    check_starts(starts, duration)
+    check_real("reach", reach, 0.0)
+    check_reals("onsets", onsets)
+    check_reals("strengths", strengths)
+    if len(onsets) != len(strengths):
+        raise ValueError(f"`strengths` must be one an onset, got {len(strengths)} for {len(onsets)} `onsets`.")
+    onsets, strengths = np.asarray(onsets), np.asarray(strengths)
     edges, moved = [*starts, duration], list(starts)
     for index in range(1, len(starts)):
         before, start, end = edges[index - 1 : index + 2]
@@ -111,10 +135,21 @@ def share_met(cuts: Sequence[float], onsets: np.ndarray, tolerance: float = TOLE
 
     Returns:
         The share of cuts with an onset near them, in [0, 1]; NaN without cuts.
+
+    Raises:
+        TypeError: If an argument is no number, or no list of numbers.
+        ValueError: If a number is not finite, or `tolerance` below 0.
     """
+    check_reals("cuts", cuts)
+    check_reals("onsets", onsets)
+    check_real("tolerance", tolerance, 0.0)
+    return _share_met(np.asarray(cuts), np.asarray(onsets), tolerance)
+
+
+def _share_met(cuts: np.ndarray, onsets: np.ndarray, tolerance: float) -> float:
     if not len(cuts):
         return math.nan
-    distances = np.abs(np.asarray(cuts)[:, None] - np.asarray(onsets)[None])
+    distances = np.abs(cuts[:, None] - onsets[None])
     return float((distances.min(axis=1, initial=math.inf) <= tolerance).mean())
 
 
@@ -138,6 +173,22 @@ def share_met_by_chance(
 
     Returns:
         The mean share over the shifts, in [0, 1]; NaN without cuts.
+
+    Raises:
+        TypeError: If an argument is no number, no list of numbers or no generator.
+        ValueError: If a number is not finite, `duration` not above 0, or there are no variations or shifts.
     """
+    check_reals("cuts", cuts)
+    for onsets in variations:
+        check_reals("variations", onsets)
+    check_real("duration", duration)
+    check_integer("num_shifts", num_shifts, 1)
+    if not len(variations) or duration <= 0:
+        raise ValueError(
+            f"`variations` must hold one at least and `duration` be above 0, got {len(variations)} and {duration}."
+        )
+    if not isinstance(generator, np.random.Generator):
+        raise TypeError(f"`generator` must be a numpy.random.Generator, got {generator!r:.80}.")
+    variations = [np.asarray(onsets) for onsets in variations]
     shifted = [(np.asarray(cuts) + shift) % duration for shift in generator.uniform(0, duration, num_shifts)]
-    return float(np.mean([max(share_met(one, onsets) for onsets in variations) for one in shifted]))
+    return float(np.mean([max(_share_met(one, onsets, TOLERANCE) for onsets in variations) for one in shifted]))

@@ -8,10 +8,14 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
+from .arguments_melfusion import check_integer
+
 Image = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image | np.ndarray | torch.Tensor]
 
 # Grey, RGB, RGBA.
 CHANNELS = (1, 3, 4)
+# In pixels. A larger side is taken for a slip of the keyboard: no machine could compute it.
+MAX_IMAGE_SIZE = 8192
 
 
 def as_pil_images(image: Any) -> list[PIL.Image.Image]:
@@ -120,7 +124,14 @@ def prepare_image(image: PIL.Image.Image, image_size: int, generator: torch.Gene
 
     Returns:
         float32 `[3, image_size, image_size]` in [-1, 1].
+
+    Raises:
+        TypeError: If `image` is no PIL image, or `image_size` no int.
+        ValueError: If `image_size` is out of range.
     """
+    if not isinstance(image, PIL.Image.Image):
+        raise TypeError(f"`image` must be a PIL image, got a {type(image).__name__}: `as_pil_images` makes one.")
+    check_integer("image_size", image_size, 1, MAX_IMAGE_SIZE)
     image = to_rgb(image)
     side = min(image.size)
     place = torch.full((2,), 0.5) if generator is None else torch.rand(2, generator=generator)

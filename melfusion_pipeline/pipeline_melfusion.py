@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from .adapters_melfusion import AdapterMixin
+from .arguments_melfusion import check_integer, check_real
 from .attention_melfusion import KVBlenders, use_attn_processors
 from .checkpoint_melfusion import CheckpointMixin
 from .checks_melfusion import (
@@ -38,6 +39,7 @@ from .checks_melfusion import (
     check_branches,
     check_call,
     check_finite,
+    check_prompts,
     warn_if_trained_otherwise,
 )
 from .decoding_melfusion import DecodingMixin
@@ -257,7 +259,11 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
             `prompt_embeds` and `negative_prompt_embeds`; the latter None without guidance. With AudioLDM and MusicLDM
             each is `[prompts, channels]` with L2 norm 1; with AudioLDM 2, and with a UNet of one text, a dict of the
             UNet's text arguments, each with one row a prompt.
+
+        Raises:
+            TypeError, ValueError: As `__call__`.
         """
+        check_prompts(self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         prompt_embeds, negative_prompt_embeds = self.prompts.encode(
             prompt,
             negative_prompt,
@@ -290,7 +296,13 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
 
         Returns:
             `[batch_size, channels, time, frequency]`.
+
+        Raises:
+            TypeError: If a number is none.
+            ValueError: If it is out of range.
         """
+        check_integer("batch_size", batch_size, 1)
+        check_real("audio_length_in_s", audio_length_in_s, 0.0, MAX_AUDIO_LENGTH_IN_S)
         if latents is None:
             shape = (batch_size, *self._latent_shape(audio_length_in_s))
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)

@@ -8,6 +8,9 @@ import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 
+from .arguments_melfusion import check_integer, check_real, check_reals
+from .checks_melfusion import check_float_tensor
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -25,10 +28,11 @@ def plot_mel_spectrogram(mel_spectrogram: torch.Tensor, seconds_per_frame: float
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If the spectrogram has not two dimensions.
+        TypeError: If the spectrogram is no tensor, or `seconds_per_frame` no number.
+        ValueError: If the spectrogram has not two dimensions, or `seconds_per_frame` is not above 0.
     """
-    if mel_spectrogram.ndim != 2:
-        raise ValueError(f"`mel_spectrogram` must be [frames, bands], got {list(mel_spectrogram.shape)}.")
+    _check_mel(mel_spectrogram)
+    _check_above_zero("seconds_per_frame", seconds_per_frame)
     frames, bands = mel_spectrogram.shape
     figure = _empty_figure(9, 3)
     axes = figure.subplots()
@@ -70,14 +74,20 @@ def plot_storyboard(
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If pictures and starts differ in number, or the spectrogram has not two dimensions.
+        TypeError: If the spectrogram is no tensor, or another argument no number or no list of numbers.
+        ValueError: If pictures and starts differ in number, a number is not finite, the length is not above 0, or the
+            spectrogram has not two dimensions.
     """
+    check_reals("image_start_in_s", image_start_in_s)
+    check_reals("onsets", onsets)
+    if cuts is not None:
+        check_reals("cuts", cuts)
+    _check_above_zero("audio_length_in_s", audio_length_in_s)
+    _check_mel(mel_spectrogram)
     if len(pictures) != len(image_start_in_s):
         raise ValueError(
             f"`image_start_in_s` must name a second for each picture, got {len(image_start_in_s)} for {len(pictures)}."
         )
-    if mel_spectrogram.ndim != 2:
-        raise ValueError(f"`mel_spectrogram` must be [frames, bands], got {list(mel_spectrogram.shape)}.")
     width, height, bands = 14.0, 1.5, mel_spectrogram.shape[1]
     figure = _empty_figure(width, 5)
     strip, axes = figure.subplots(2, 1, sharex=True, height_ratios=(height, 3))
@@ -256,7 +266,13 @@ def plot_picture_influence(
 
     Raises:
         ImportError: If matplotlib is not installed.
+        TypeError: If the length or `num_spans` is no number.
+        ValueError: If it is out of range, or there is no layer.
     """
+    _check_above_zero("audio_length_in_s", audio_length_in_s)
+    check_integer("num_spans", num_spans, 1)
+    if not influence:
+        raise ValueError(f"`influence` must be what `picture_influence` returns, got {influence!r}.")
     image = PIL.ImageOps.exif_transpose(image).convert("L")
     image = PIL.ImageOps.fit(image, (min(image.size),) * 2)
     spans = {layer: _shares_in_spans(weights, num_spans) for layer, weights in influence.items()}
@@ -289,6 +305,18 @@ def _shares_in_spans(weights: torch.Tensor, num_spans: int) -> torch.Tensor:
     shares = weights.flatten(1) / weights.flatten(1).mean(dim=1, keepdim=True)
     spans = torch.cat([F.adaptive_avg_pool1d(shares.T, outputs) for outputs in (1, num_spans)], dim=1)
     return spans.T.unflatten(1, weights.shape[1:])
+
+
+def _check_mel(mel_spectrogram: torch.Tensor) -> None:
+    check_float_tensor("mel_spectrogram", mel_spectrogram)
+    if mel_spectrogram.ndim != 2 or 0 in mel_spectrogram.shape:
+        raise ValueError(f"`mel_spectrogram` must be [frames, bands], got {list(mel_spectrogram.shape)}.")
+
+
+def _check_above_zero(name: str, value: float) -> None:
+    check_real(name, value)
+    if value <= 0:
+        raise ValueError(f"`{name}` must be above 0, got {value}.")
 
 
 def _empty_figure(width: float, height: float) -> "Figure":

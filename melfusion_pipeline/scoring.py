@@ -19,8 +19,9 @@ import PIL.ImageOps
 import torch
 from diffusers.utils import logging
 
+from .arguments_melfusion import check_integer, check_path, check_real, check_reals
 from .files_melfusion import atomic_write
-from .film import FRAME_RATE, Film, open_film, picture_stream
+from .film import FRAME_RATE, Film, check_film, open_film, picture_stream
 from .pictures_melfusion import to_rgb
 from .waveforms_melfusion import check_sampling_rate, check_waveform
 
@@ -31,6 +32,8 @@ except ImportError as error:
 
 # What every player takes, whatever the music's own rate is.
 SOUND_RATE = 48000
+# What H.264 can say.
+MAX_SIDE = 16384
 LAYOUTS = {1: "mono", 2: "stereo"}
 STEREO = ("aformat", "sample_fmts=fltp:channel_layouts=stereo")
 # Above -30 dB of old sound the music steps back, at most by about 15 dB, and takes its time to come back.
@@ -61,21 +64,28 @@ def write_slideshow(
             shorter of the two lasts.
 
     Raises:
-        TypeError: If `waveform` is not a floating-point array or tensor.
+        TypeError: If an argument has the wrong type.
         ValueError: If the path, the size, the starts, the fade or the waveform is unusable.
         OSError: If the file cannot be written.
     """
+    check_path("path", path)
     if Path(path).suffix.lower() != ".mp4":
         raise ValueError(f"`path` must end in .mp4, got {str(path)!r}.")
-    if any(side < 16 or side % 2 for side in size):
-        raise ValueError(f"`size` must be even and 16 pixels at least, got {size}: H.264 stores colours for 2 x 2.")
-    if not (math.isfinite(fade_in_s) and fade_in_s >= 0):
-        raise ValueError(f"`fade_in_s` must be zero or more seconds, got {fade_in_s!r}.")
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
+        raise TypeError(f"`size` must be width and height in pixels, got {size!r:.80}.")
+    for side in size:
+        check_integer("size", side, 16, MAX_SIDE)
+        if side % 2:
+            raise ValueError(f"`size` must be even, got {size}: H.264 stores colours for 2 x 2 pixels.")
+    check_real("fade_in_s", fade_in_s, 0.0)
+    check_reals("starts", starts)
     waveform = _as_channels(waveform, sampling_rate)
     duration = waveform.shape[1] / sampling_rate
     edges = np.array([*starts, duration])
     if len(starts) == 0 or starts[0] != 0 or not (np.diff(edges) > 0).all():
         raise ValueError(f"`starts` must begin at 0, ascend and end before {duration:.2f} s, got {list(starts)}.")
+    if isinstance(pictures, Sequence) and len(pictures) != len(starts):
+        raise ValueError(f"`pictures` must be as many as `starts`, got {len(pictures)} for {len(starts)}.")
 
     with atomic_write(path) as temporary, _create(temporary) as container:
         video = container.add_stream("libx264", rate=FRAME_RATE, options={"preset": "veryfast", "crf": "20"})
@@ -148,8 +158,13 @@ def read_picture(path: str | os.PathLike, side: int | None = None) -> PIL.Image.
         The picture.
 
     Raises:
-        ValueError: If the file is no picture, or damaged.
+        TypeError: If `path` is no path, or `side` no int.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no picture, or damaged, or `side` is below 1.
     """
+    check_path("path", path)
+    if side is not None:
+        check_integer("side", side, 1)
     try:
         with PIL.Image.open(path) as opened:
             picture = to_rgb(opened)
@@ -187,10 +202,12 @@ def write_scored_film(
         old_sound_gain_in_db: Added to the level of the old sound that is kept.
 
     Raises:
-        TypeError: If `waveform` is not a floating-point array or tensor.
+        TypeError: If an argument has the wrong type.
         ValueError: If an argument is unusable, or the container does not take the film's pictures.
         OSError: If the file cannot be written.
     """
+    check_path("path", path)
+    check_film(film)
     path = Path(path)
     check_old_sound(old_sound, old_sound_gain_in_db)
     if path.exists() and path.samefile(film.path):
@@ -221,12 +238,12 @@ def check_old_sound(old_sound: str, old_sound_gain_in_db: float) -> None:
         old_sound_gain_in_db: In [-120, 40].
 
     Raises:
+        TypeError: If the gain is no number.
         ValueError: If one is anything else.
     """
     if old_sound not in ("drop", "keep", "duck"):
         raise ValueError(f"`old_sound` must be 'drop', 'keep' or 'duck', got {old_sound!r}.")
-    if not -120 <= old_sound_gain_in_db <= 40:
-        raise ValueError(f"`old_sound_gain_in_db` must be in [-120, 40], got {old_sound_gain_in_db!r}.")
+    check_real("old_sound_gain_in_db", old_sound_gain_in_db, -120.0, 40.0)
 
 
 def check_container(path: str | os.PathLike, film: Film) -> None:
@@ -237,9 +254,12 @@ def check_container(path: str | os.PathLike, film: Film) -> None:
         film: The film whose pictures it is to hold.
 
     Raises:
+        TypeError: If `path` is no path, or `film` no `Film`.
         ValueError: If the suffix is no container's, or the container does not take the film's pictures.
         OSError: If the folder cannot be written to.
     """
+    check_path("path", path)
+    check_film(film)
     path = Path(path)
     with open_film(film.path) as source, tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         stream = picture_stream(source, film.path)

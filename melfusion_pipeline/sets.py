@@ -53,9 +53,12 @@ def load_set(
 
     Raises:
         ImportError: if `datasets` is not installed.
+        TypeError: if `columns` is no dict.
         ValueError: if there is no such set, configuration, split or column, it may not be read, a column holds neither
             pictures nor clips, or there are no rows.
     """
+    if not isinstance(columns, dict | None):
+        raise TypeError(f"`columns` must be a dict or None, got {columns!r:.80}.")
     names = {column: column for column in COLUMNS} | (columns or {})
     if not is_text(name, split) or not name.strip():
         raise ValueError(

@@ -13,6 +13,7 @@ import torch
 from diffusers.utils import logging
 from torch.utils.data import IterableDataset, get_worker_info
 
+from .arguments_melfusion import check_integer
 from .data import collate_triplets
 
 if TYPE_CHECKING:
@@ -111,6 +112,10 @@ class TripletStream(IterableDataset):
         seed: of the order; `None` leaves the rows in theirs.
         buffer_size: how many rows are shuffled at a time, over all lanes.
         skip_bad_rows: whether a row that cannot be read is reported and replaced by another one of its batch.
+
+    Raises:
+        TypeError: if a number is none.
+        ValueError: if it is out of range.
     """
 
     def __init__(
@@ -124,6 +129,12 @@ class TripletStream(IterableDataset):
         buffer_size: int = 1000,
         skip_bad_rows: bool = False,
     ) -> None:
+        check_integer("batch_size", batch_size, 1)
+        check_integer("num_processes", num_processes, 1)
+        check_integer("process_index", process_index, 0, num_processes - 1)
+        check_integer("buffer_size", buffer_size, 1)
+        if seed is not None:
+            check_integer("seed", seed, 0)
         self.rows, self.read, self.seed, self.skip_bad_rows = rows, read, seed, skip_bad_rows
         shared_batch_size = batch_size * num_processes
         self.lanes_per_batch = _widest(shared_batch_size, 1, rows.num_shards)

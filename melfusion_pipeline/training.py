@@ -1,5 +1,6 @@
 """The training objective of MeLFusion, and what it trains."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from .adapters_melfusion import lora_layers
+from .arguments_melfusion import check_integer, check_real
 from .attention_melfusion import KVBlenders, use_attn_processors
 from .audio import encode_mel, waveform_to_mel
 from .caches import ImageFeaturesCache, MusicLatentCache, PreparedInputs, PromptCache, TrajectoryCache
@@ -143,7 +145,9 @@ class MelFusionObjective(nn.Module):
             picture's models any more.
 
     Raises:
-        ValueError: As `trained_parts`, or if the music scheduler's prediction type is unknown.
+        TypeError: If a number is none.
+        ValueError: As `trained_parts`, or if a number is out of range, or the music scheduler's prediction type is
+            unknown.
     """
 
     def __init__(
@@ -160,6 +164,12 @@ class MelFusionObjective(nn.Module):
         image_features: ImageFeaturesCache | None = None,
     ) -> None:
         super().__init__()
+        for name, chance in (("text_dropout", text_dropout), ("image_dropout", image_dropout)):
+            check_real(name, chance, 0.0, 1.0)
+        for name, number, least in (("snr_gamma", snr_gamma, 0.0), ("logit_mean", logit_mean, -math.inf)):
+            if number is not None:
+                check_real(name, number, least)
+        check_integer("seed", seed, 0)
         self.trained = nn.ModuleDict(trained_parts(pipe, trainable))
         self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         if self.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):

@@ -12,10 +12,14 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers.audio_utils import mel_filter_bank
 
+from .arguments_melfusion import check_real
+
 MEL_FLOOR = 1e-5
 PEAK = 0.5
 # No format of sound has samples as large, and float32 still holds the sum of an hour of them.
 MAX_LEVEL = 1e28
+# What the header of a sound file can say.
+MAX_SAMPLING_RATE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Spectrogram:
         max_frequency: Where the highest band ends, in Hz; at most half of `sampling_rate`.
 
     Raises:
+        TypeError: If a frequency is no number.
         ValueError: If a number is out of range.
     """
 
@@ -51,6 +56,8 @@ class Spectrogram:
                 raise ValueError(f"`{name}` must be a positive whole number, but is {value!r}.")
         if self.fft_length % 2:
             raise ValueError(f"`fft_length` must be even, but is {self.fft_length}.")
+        for name in ("min_frequency", "max_frequency"):
+            check_real(name, getattr(self, name))
         if not 0 <= self.min_frequency < self.max_frequency <= self.sampling_rate / 2:
             raise ValueError(
                 f"`min_frequency` and `max_frequency` must ascend within 0 and {self.sampling_rate / 2:g} Hz, half of"
@@ -81,7 +88,9 @@ class Spectrogram:
 def check_sampling_rate(sampling_rate: int, name: str = "sampling_rate") -> None:
     """Raises `ValueError` unless `sampling_rate` (Hz), for the message called `name`, is a positive whole number."""
     if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, Integral) or sampling_rate < 1:
-        raise ValueError(f"`{name}` must be a positive whole number of Hz, but is {sampling_rate!r}.")
+        raise ValueError(f"`{name}` must be a positive whole number of Hz, but is {sampling_rate!r:.80}.")
+    if sampling_rate > MAX_SAMPLING_RATE:
+        raise ValueError(f"`{name}` must be at most {MAX_SAMPLING_RATE} Hz, but is {sampling_rate!r:.80}.")
 
 
 def check_waveform(waveform: np.ndarray | torch.Tensor, name: str = "waveform") -> torch.Tensor:
@@ -123,6 +132,7 @@ def resample(
         `[..., ceil(T * new_sampling_rate / sampling_rate)]`.
     """
     check_sampling_rate(sampling_rate)
+    check_sampling_rate(new_sampling_rate, "new_sampling_rate")
     if sampling_rate == new_sampling_rate:
         return waveform
     divisor = math.gcd(sampling_rate, new_sampling_rate)

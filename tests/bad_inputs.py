@@ -29,13 +29,27 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]
 
 from copies import untrained_components  # noqa: E402
+from films import write_film  # noqa: E402
 
-from melfusion_pipeline import ImageFeatures, MelFusionPipeline  # noqa: E402
-from melfusion_pipeline.audio import load_audio, save_audio  # noqa: E402
+from melfusion_pipeline import ImageFeatures, MelFusionPipeline, film, metrics, onsets, plotting, scoring  # noqa: E402
+from melfusion_pipeline.adapters_melfusion import add_lora  # noqa: E402
+from melfusion_pipeline.audio import (  # noqa: E402
+    Spectrogram,
+    audio_duration,
+    encode_mel,
+    load_audio,
+    load_random_crop,
+    resample,
+    save_audio,
+    waveform_to_latents,
+)
+from melfusion_pipeline.caches import TrajectoryCache  # noqa: E402
 from melfusion_pipeline.checks_melfusion import OUTPUT_TYPES  # noqa: E402
-from melfusion_pipeline.data import convert_musiccaps, load_rows, open_image, read_triplet  # noqa: E402
+from melfusion_pipeline.data import check_rows, convert_musiccaps, load_rows, open_image, read_triplet  # noqa: E402
 from melfusion_pipeline.features_melfusion import FEATURE_SOURCES  # noqa: E402
 from melfusion_pipeline.pictures_melfusion import prepare_image  # noqa: E402
+from melfusion_pipeline.streams import TripletStream  # noqa: E402
+from melfusion_pipeline.training import MelFusionObjective  # noqa: E402
 
 REFUSALS = (ValueError, TypeError, OSError)
 TIME_LIMIT_IN_S = 30
@@ -674,6 +688,144 @@ def try_media(folder: Path) -> list[Outcome]:
     return outcomes
 
 
+# ------------------------------------------------------------------------------------------------------- functions
+
+NO_REALS = ["3", True, math.nan, math.inf, [1.0], 1j, HUGE, np.zeros(2), b"x"]
+NO_SECONDS = [*NO_REALS, -1.0]
+NO_LENGTHS = [*NO_SECONDS, 0]
+NO_COUNTS = ["3", True, math.nan, 1.5, -1, 0, [1], np.zeros(2)]
+NO_SEEDS = ["3", None, math.nan, 1.5, -1, [1]]
+NO_SHARES = [*NO_SECONDS, 1.5]
+NO_STARTS = ["3", None, 3, [None], ["a"], [math.nan], [math.inf], np.zeros((2, 2))]
+NO_PATHS = [None, 3, 1.5, [], b"x"]
+
+
+def list_functions(folder: Path) -> list[tuple[Callable, dict, dict]]:
+    """Public functions, arguments that are right, and for some of them what they must not be."""
+    row = write_good_files(folder)
+    row = {name: None for name in ("start", "duration", "genre", "split", "problem")} | row | {"row": 0}
+    row |= {name: str(folder / row[name]) for name in ("image", "audio")}
+    write_film(folder / "film.mp4")
+    write(folder / "shots.csv", "start\n0\n1\n")
+    shots, scored, times = folder / "shots.csv", film.read_film(folder / "film.mp4"), np.array([0.5])
+    audio, tone, picture = folder / "0.wav", GIVEN.numpy(), PIL.Image.new("RGB", (8, 8), "red")
+    pipe, embeddings = strict_pipeline(), np.random.default_rng(0).normal(size=(9, 3))
+    stretch = {"path": NO_PATHS, "start": NO_SECONDS, "duration": NO_LENGTHS}
+    crop = {"path": audio, "start": 0, "duration": None, "audio_length_in_s": 1, "generator": ONE_GENERATOR}
+    triplet = {"row": row, "data_root": folder, "prepare_image": None, "audio_length_in_s": 0.5}
+    rates, pieces = {"sampling_rate": NO_COUNTS}, {"starts": [0.0, 1.0], "duration": 2.0}
+    sound = {"waveform": tone, "sampling_rate": 16000}
+    mel, drawn = torch.zeros(4, 8), {"pictures": [picture], "image_start_in_s": [0.0], "audio_length_in_s": 1.0}
+    story = {
+        "image_start_in_s": NO_STARTS,
+        "audio_length_in_s": NO_LENGTHS,
+        "onsets": NO_STARTS,
+        "cuts": NO_STARTS[2:],
+    }
+    waves = {"waveforms": torch.zeros(1, 5120)}
+    tensors = [None, 3, np.zeros((1, 4, 8, 2)), torch.zeros(3), torch.zeros(1, 4, 8, 2, dtype=torch.int64)]
+    chances = {"text_dropout": NO_SHARES, "image_dropout": NO_SHARES, "snr_gamma": NO_SECONDS, "logit_mean": NO_REALS}
+    cache = {"folder": folder / "cache", "pipe": pipe, "num_inversion_steps": 2, "image_size": 32}
+    show = {"path": folder / "show.mp4", "pictures": [picture], "starts": [0.0], **sound, "size": (32, 32)}
+    sizes = [None, 3, "x", (32,), (32.0, 32.0), ("32", "32"), (32, 32, 32), (-2, -2), (33, 32), (10**9, 10**9)]
+    texts = [3, [], [3]]
+    return [
+        (load_audio, {"path": audio}, stretch),
+        (audio_duration, {}, {"path": NO_PATHS}),
+        (load_random_crop, crop, stretch | {"audio_length_in_s": NO_LENGTHS, "new_sampling_rate": NO_COUNTS}),
+        (save_audio, {"path": folder / "x.wav", **sound}, {"path": NO_PATHS, "sampling_rate": [HUGE]}),
+        (waveform_to_latents, {**sound, "vae": pipe.vae}, {"audio_length_in_s": NO_LENGTHS} | rates),
+        (encode_mel, {"vae": pipe.vae, "num_mel_bands": 8}, {"mel": [None, 3, np.zeros((1, 4, 8))]}),
+        (resample, {"waveform": torch.zeros(9), "sampling_rate": 16000}, rates | {"new_sampling_rate": NO_COUNTS}),
+        (Spectrogram, {}, {"min_frequency": NO_REALS, "max_frequency": NO_REALS, "sampling_rate": [*NO_COUNTS, HUGE]}),
+        (check_rows, {"rows": [row], "data_root": folder}, {"min_duration_in_s": NO_SECONDS, "data_root": NO_PATHS}),
+        (read_triplet, triplet, {"seed": NO_SEEDS, "epoch": NO_SEEDS, "audio_length_in_s": NO_LENGTHS} | rates),
+        (TripletStream, {"rows": None, "read": None}, {"batch_size": NO_COUNTS}),
+        (film.read_film, {}, {"path": NO_PATHS}),
+        (film.find_shots, {}, {"film": ["film.mp4", None]}),
+        (film.choose_frame, {"film": scored, "start": 0, "end": 1}, {"start": [*NO_REALS, 2], "end": [*NO_REALS, 0]}),
+        (film.read_shots, {"path": shots, "duration": 4.0}, {"path": NO_PATHS, "duration": NO_SECONDS}),
+        (film.split_shots, pieces | {"longest": 1.0}, {"starts": [*NO_STARTS, [1, 0]], "longest": NO_LENGTHS}),
+        (film.split_shots, pieces | {"longest": 1.0}, {"duration": NO_REALS}),
+        (onsets.find_onsets, sound, rates),
+        (onsets.draw_spectrogram, sound, rates | {"num_columns": NO_COUNTS, "waveform": [None, np.zeros((2, 9))]}),
+        (
+            onsets.move_to_onsets,
+            pieces | {"onsets": times, "strengths": times},
+            {"starts": NO_STARTS, "duration": NO_REALS, "onsets": NO_STARTS, "strengths": [*NO_STARTS, []]}
+            | {"reach": NO_SECONDS},
+        ),
+        (onsets.share_met, {"cuts": times, "onsets": times}, {"cuts": NO_STARTS, "tolerance": NO_SECONDS}),
+        (
+            onsets.share_met_by_chance,
+            {"cuts": times, "variations": [times], "duration": 1.0, "generator": np.random.default_rng(0)},
+            {"cuts": NO_STARTS, "duration": NO_LENGTHS, "num_shifts": NO_COUNTS, "generator": [None, 3]},
+        ),
+        (scoring.read_picture, {"path": row["image"]}, {"path": NO_PATHS, "side": NO_COUNTS}),
+        (
+            scoring.write_slideshow,
+            show,
+            {"size": sizes, "fade_in_s": NO_SECONDS, "starts": NO_STARTS, "pictures": [[]]},
+        ),
+        (scoring.check_container, {"path": folder / "x.mp4", "film": scored}, {"path": NO_PATHS, "film": ["x", None]}),
+        (
+            scoring.write_scored_film,
+            {"path": folder / "x.mp4", "film": scored, **sound},
+            {"path": NO_PATHS, "film": ["x", None], "old_sound_gain_in_db": [*NO_REALS, 100]},
+        ),
+        (plotting.plot_mel_spectrogram, {"mel_spectrogram": mel}, {"seconds_per_frame": NO_LENGTHS}),
+        (plotting.plot_mel_spectrogram, {}, {"mel_spectrogram": [None, mel.numpy(), mel[:0], mel[0]]}),
+        (plotting.plot_storyboard, drawn | {"mel_spectrogram": mel}, story),
+        (
+            plotting.plot_picture_influence,
+            {"influence": {"a": torch.rand(4, 2, 2)}, "image": picture, "audio_length_in_s": 1.0},
+            {"audio_length_in_s": NO_LENGTHS, "num_spans": NO_COUNTS, "influence": [{}]},
+        ),
+        (
+            metrics.frechet_distance_infinity,
+            {"embeddings": embeddings, "reference": embeddings},
+            {"steps": [*NO_COUNTS, 1], "draws": NO_COUNTS, "seed": NO_SEEDS, "embeddings": ["x", embeddings * 1j]},
+        ),
+        (
+            metrics.bootstrap_interval,
+            {"values": embeddings[:, 0]},
+            {"confidence": [*NO_SHARES, 0, 1], "resamples": NO_COUNTS, "seed": NO_SEEDS},
+        ),
+        (prepare_image, {"image": picture}, {"image_size": [*NO_COUNTS, None, HUGE]}),
+        (prepare_image, {"image_size": 8}, {"image": [None, "x", np.zeros((4, 4))]}),
+        (pipe.encode_prompt, {}, {"prompt": [None, *texts]}),
+        (pipe.encode_prompt, {"prompt": "a"}, {"negative_prompt": [*texts, ["a", "b"]]}),
+        (pipe.encode_prompt, {}, {"prompt_embeds": ["x", torch.zeros(2)]}),
+        (pipe.encode_image_prompt, {}, {"image_prompt": [None, *texts, ["a", "b"]], "num_images": NO_COUNTS}),
+        (pipe.prepare_image_latents, {"image": picture}, {"image_size": [*NO_COUNTS, HUGE]}),
+        (pipe.encode_audio, waves, {"window_length_in_s": NO_SECONDS, "waveforms": tensors}),
+        (pipe.decode_latents, {"latents": torch.zeros(1, 4, 8, 2)}, {"window_length_in_s": NO_SECONDS}),
+        (pipe.decode_latents, {}, {"latents": tensors}),
+        (
+            pipe.mel_spectrogram_to_waveform,
+            {"mel_spectrogram": torch.zeros(1, 32, 8)},
+            {"mel_spectrogram": tensors[:4], "audio_length_in_s": NO_SECONDS},
+        ),
+        (MelFusionObjective, {"pipe": pipe}, chances | {"seed": NO_SEEDS}),
+        (TrajectoryCache, cache, {"folder": NO_PATHS, "num_inversion_steps": [*NO_COUNTS, 1001]}),
+        (TrajectoryCache, cache, {"image_size": [*NO_COUNTS, 30, HUGE]}),
+        (add_lora, {"unet": pipe.unet}, {"rank": NO_COUNTS, "lora_alpha": NO_LENGTHS, "seed": NO_SEEDS}),
+        (add_lora, {"unet": pipe.unet}, {"targets": [None, 3, "to_q", [], ["none"]]}),
+    ]
+
+
+def try_functions(folder: Path) -> list[Outcome]:
+    """Functions beside the pipeline's call, each with one argument of a wrong type or out of range."""
+    outcomes = []
+    for function, right, wrong in list_functions(folder):
+        for argument, values in wrong.items():
+            for value in values:
+                call = functools.partial(function, **{**right, argument: value})
+                what = f"`{function.__name__}({argument}={describe(value)})`"
+                outcomes.append(refuse("function", what, call, f"`{argument}`"))
+    return outcomes
+
+
 # The areas, and how many distinct bad inputs each tries at least.
 AREAS = {
     try_arguments: 150,
@@ -683,6 +835,7 @@ AREAS = {
     try_checkpoints: 100,
     try_triplets: 90,
     try_media: 100,
+    try_functions: 500,
 }
 
 

@@ -8,11 +8,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "melfusion_pipeline"
 # In the order of the data's way; a module imports only what stands before it.
 ORDER = """
-    files_melfusion locks_melfusion sources_melfusion attention_melfusion guidance_melfusion modeling_melfusion
-    adapters_melfusion vocoder_melfusion pictures_melfusion features_melfusion inversion_melfusion windows_melfusion
-    waveforms_melfusion given_audio_melfusion checks_melfusion prompts_melfusion families_melfusion decoding_melfusion
-    encoding_melfusion denoising_melfusion checkpoint_melfusion pipeline_melfusion blending audio tables sets data
-    streams caches training metrics extractors plotting film onsets scoring
+    arguments_melfusion files_melfusion locks_melfusion sources_melfusion attention_melfusion guidance_melfusion
+    modeling_melfusion adapters_melfusion vocoder_melfusion pictures_melfusion features_melfusion
+    inversion_melfusion windows_melfusion waveforms_melfusion given_audio_melfusion checks_melfusion
+    prompts_melfusion families_melfusion decoding_melfusion encoding_melfusion denoising_melfusion
+    checkpoint_melfusion pipeline_melfusion blending audio tables sets data streams caches training metrics
+    extractors plotting film onsets scoring
 """.split()
 
 

@@ -327,7 +327,7 @@ def test_bad_sets_are_refused(distance, embeddings, reference, message):
     "function, arguments, message",
     [
         (frechet_distance_infinity, (normal(3, 2, 0), normal(9, 2, 0)), "at least 4 rows"),
-        (frechet_distance_infinity, (normal(9, 2, 0), normal(9, 2, 0), 1), "`steps` of at least 2"),
+        (frechet_distance_infinity, (normal(9, 2, 0), normal(9, 2, 0), 1), "`steps` must be at least 2"),
         (kernel_audio_distance, (normal(9, 2, 0), np.ones((9, 2))), "median distance within `reference` is 0"),
         (frechet_distance_from_statistics, (np.zeros(2), np.eye(2), np.zeros(3), np.eye(3)), "same length"),
         (frechet_distance_from_statistics, (np.zeros(2), np.eye(3), np.zeros(2), np.eye(2)), "same shape"),

@@ -1,0 +1,1 @@
+../../melfusion_pipeline/arguments_melfusion.py
