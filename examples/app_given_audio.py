@@ -33,6 +33,9 @@ def check_music(path: str | None, refuse: Callable[[str], Exception]) -> float:
         raise refuse("There is no music to begin with: choose a file.")
     try:
         seconds = audio_duration(path)
+        if seconds <= MAX_SECONDS:
+            # A header says nothing of damage behind it.
+            load_audio(path)
     except (ValueError, ImportError) as error:
         raise refuse(f"{Path(path).name} cannot be read as music. Try a WAV, FLAC, MP3 or OGG file.") from error
     if seconds > MAX_SECONDS:
@@ -143,6 +146,10 @@ def responder(
             raise refuse(f"The sentence is longer than {max_characters} characters.")
         if seed is None:
             raise refuse("The seed is empty: write a whole number, such as 0.")
+        if choice == ANEW and not start < end <= seconds:
+            raise refuse(
+                f"The stretch from {start:g} to {end:g} s must end after it begins, and within {seconds:.2f} s."
+            )
         made = {ANEW: (start, end), GO_ON: (seconds, length), VARY: (0.0, seconds)}[choice]
         arguments = choice_arguments(choice, start, end, length, strength)
         # Gradio copies the files to its own cache before it comes back for more.

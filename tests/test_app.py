@@ -281,6 +281,9 @@ def test_music_of_the_user_is_changed_over_http(served, pipe, tmp_path):
     soundfile.write(tmp_path / "song.wav", given, 16000, subtype="FLOAT")
     soundfile.write(tmp_path / "long.flac", np.zeros(121 * 8000), 8000)
     (tmp_path / "text.wav").write_text("no music")
+    soundfile.write(tmp_path / "whole.flac", given, 16000)
+    content = (tmp_path / "whole.flac").read_bytes()
+    (tmp_path / "damaged.flac").write_bytes(content[: len(content) // 2] + bytes(len(content) // 2))
     photograph().save(tmp_path / "picture.png")
     (tmp_path / "made").mkdir()
     client = gradio_client.Client(address, verbose=False, download_files=tmp_path / "made")
@@ -305,7 +308,9 @@ def test_music_of_the_user_is_changed_over_http(served, pipe, tmp_path):
         ({"name": None}, "There is no music to begin with"),
         ({"name": "text.wav"}, "text.wav cannot be read as music"),
         ({"name": "long.flac"}, "long.flac lasts 121 s, more than 120 s"),
-        ({"start": 0.8, "end": 0.4}, "must ascend within `audio`"),
+        ({"name": "damaged.flac"}, "damaged.flac cannot be read as music"),
+        ({"start": 0.8, "end": 0.4}, "The stretch from 0.8 to 0.4 s must end after it begins, and within 1.20 s"),
+        ({"end": 1.5}, "must end after it begins, and within 1.20 s"),
         ({"prompt": "a" * 301}, "longer than 300 characters"),
         ({"seed": None}, "The seed is empty: write a whole number"),
     ):
