@@ -20,6 +20,7 @@ import app_slideshow
 import gradio as gr
 import PIL.Image
 import torch
+from command_line import errors_in_one_line
 from diffusers.utils.torch_utils import get_device
 
 from melfusion_pipeline import MelFusionPipeline
@@ -321,7 +322,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", default=EXAMPLES.parent, help="folder or Hub id; default: the bundled one")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=7860)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not 0 < arguments.port < 65536:
+        parser.error(f"--port must be in [1, 65535], got {arguments.port}")
+    return arguments
 
 
 def main() -> None:
@@ -332,4 +336,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -12,6 +12,7 @@ import librosa
 import numpy as np
 import PIL.Image
 import torch
+from command_line import errors_in_one_line, new_folder, positive_int, random_seed
 from diffusers.utils.torch_utils import get_device
 from matplotlib.figure import Figure
 
@@ -33,9 +34,11 @@ OPPOSITES = ("rocket_at_night", "rocket_hall")
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=EXAMPLES.parent, help="folder or Hub id; default: the bundled one")
-    parser.add_argument("--num_inference_steps", type=int, help="default: the checkpoint's own")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for the WAVs and the sheet")
+    parser.add_argument("--num_inference_steps", type=positive_int, help="default: the checkpoint's own")
+    parser.add_argument("--seed", type=random_seed, default=0)
+    parser.add_argument(
+        "--output", type=new_folder, default=Path("build/demo"), help="folder for the WAVs and the sheet"
+    )
     return parser.parse_args()
 
 
@@ -134,4 +137,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

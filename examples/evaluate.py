@@ -20,6 +20,15 @@ import soundfile
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from command_line import (
+    errors_in_one_line,
+    existing_file,
+    existing_folder,
+    new_folder,
+    positive_int,
+    positive_seconds,
+    random_seed,
+)
 from evaluate_scores import describe_rows, draw_results, extract, format_results, remarks, score
 from evaluate_storyboards import (
     check_storyboards,
@@ -70,23 +79,29 @@ EMBEDDERS = {"clap": extractors.ClapExtractor, "vggish": extractors.VggishExtrac
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="folder or Hub id of a pipeline; not needed to score folders only")
-    parser.add_argument("--triplets", type=Path, help="jsonl, json, csv or tsv; see melfusion_pipeline.data")
+    parser.add_argument("--triplets", type=existing_file, help="jsonl, json, csv or tsv; see melfusion_pipeline.data")
     parser.add_argument("--dataset_name", help="instead: a set on the Hub, or a folder that `datasets` reads")
     parser.add_argument("--dataset_config_name", help="one of several configurations of the set")
     parser.add_argument("--dataset_split", default="test", help="of the set")
     for column in COLUMNS:
         parser.add_argument(f"--{column}_column", default=column, help="its name in the set")
-    parser.add_argument("--data_root", type=Path, help="holds all files of the set; default: the folder of --triplets")
-    parser.add_argument("--output", type=Path, required=True, help="folder for clips and results")
+    parser.add_argument(
+        "--data_root", type=existing_folder, help="holds all files of the set; default: the folder of --triplets"
+    )
+    parser.add_argument("--output", type=new_folder, required=True, help="folder for clips and results")
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, help="default: all for which a model is given")
     parser.add_argument("--score", nargs="*", type=name_and_path, default=[], metavar="NAME=FOLDER", help="more clips")
     parser.add_argument("--caption_model", help="folder or Hub id of an image-to-text model, for the system caption")
     use = "so many rows that follow one another become one piece, the system storyboard; boundaries are scored too"
     parser.add_argument("--storyboard_pictures", type=int, help=use)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--audio_length_in_s", type=float, help="of all clips; default: the checkpoint's own")
-    parser.add_argument("--num_inference_steps", type=int, help="default: the checkpoint's own, as for the next four")
-    parser.add_argument("--num_inversion_steps", type=int)
+    parser.add_argument("--seed", type=random_seed, default=0)
+    parser.add_argument(
+        "--audio_length_in_s", type=positive_seconds, help="of all clips; default: the checkpoint's own"
+    )
+    parser.add_argument(
+        "--num_inference_steps", type=positive_int, help="default: the checkpoint's own, as for the next four"
+    )
+    parser.add_argument("--num_inversion_steps", type=positive_int)
     parser.add_argument("--feature_source", choices=FEATURE_SOURCES, help="default: as in the synapse's training")
     parser.add_argument("--guidance_scale", type=float)
     parser.add_argument("--image_guidance_scale", type=float, help="1: the picture does not guide")
@@ -98,11 +113,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--classifier", type=name_and_path, metavar="NAME=MODEL", help=use)
     parser.add_argument("--clap_model", help="folder or Hub id, for CLAP and IMSM")
     parser.add_argument("--clip_model", help="folder or Hub id, for IMSM")
-    parser.add_argument("--imsm_captions", type=Path, help="file with one caption a line; default: the set's own")
-    parser.add_argument("--subjective", type=Path, help="folder to write a listening test into")
+    parser.add_argument(
+        "--imsm_captions", type=existing_file, help="file with one caption a line; default: the set's own"
+    )
+    parser.add_argument("--subjective", type=new_folder, help="folder to write a listening test into")
     arguments = parser.parse_args(arguments)
     if (arguments.triplets is None) == (arguments.dataset_name is None):
         parser.error("give --triplets or --dataset_name")
+    if arguments.subjective and arguments.subjective.exists() and not (arguments.subjective / "key.json").is_file():
+        parser.error(f"--subjective {arguments.subjective} exists and holds no listening test: give a new folder")
     return arguments
 
 
@@ -307,4 +326,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

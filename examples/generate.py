@@ -14,6 +14,7 @@ from typing import Any
 import PIL.Image
 import torch
 from best_of import best_first, score_variations
+from command_line import errors_in_one_line, existing_file, new_folder, positive_int, positive_seconds, random_seed
 from diffusers.utils.torch_utils import get_device
 
 from melfusion_pipeline import MelFusionPipeline
@@ -37,34 +38,35 @@ def stretch(text: str) -> tuple[float, float]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image", type=Path, default=EXAMPLES / "images" / "forest_stream.jpg")
+    parser.add_argument("--image", type=existing_file, default=EXAMPLES / "images" / "forest_stream.jpg")
     parser.add_argument("--prompt", default="a waltz for piano")
     parser.add_argument("--checkpoint", default=EXAMPLES.parent, help="folder or Hub id; default: the bundled one")
-    parser.add_argument("--audio_length_in_s", type=float, help="in seconds; default: the checkpoint's own")
-    parser.add_argument("--num_inference_steps", type=int, help="default: the checkpoint's own, as for guidance")
+    parser.add_argument("--audio_length_in_s", type=positive_seconds, help="in seconds; default: the checkpoint's own")
+    parser.add_argument(
+        "--num_inference_steps", type=positive_int, help="default: the checkpoint's own, as for guidance"
+    )
     parser.add_argument("--guidance_scale", type=float, help="strength of the sentence")
     parser.add_argument("--image_guidance_scale", type=float, help="strength of the picture; 1: unguided")
     parser.add_argument("--synapse_scale", type=float, default=1.0, help="strength of the picture; 0 ignores it")
-    parser.add_argument("--audio", type=Path, help="music that is there: wav, flac, ogg, mp3; m4a and mp4 with PyAV")
+    parser.add_argument(
+        "--audio", type=existing_file, help="music that is there: wav, flac, ogg, mp3; m4a and mp4 with PyAV"
+    )
     parser.add_argument("--strength", type=float, help="how much of it a variation forgets, above 0 to 1")
     use = "stretches of it that are made anew, in seconds; --strength below 1 varies them"
     parser.add_argument("--make_anew", type=stretch, nargs="+", default=[], metavar="START:END", help=use)
     parser.add_argument("--go_on_to", type=float, metavar="SECONDS", help="goes on from its end to this length")
     use = "so many variations, of which the one is kept that CLAP and IMSM rank first"
-    parser.add_argument("--best_of", type=int, default=1, metavar="N", help=use)
+    parser.add_argument("--best_of", type=positive_int, default=1, metavar="N", help=use)
     parser.add_argument("--clap_model", help="folder or Hub id: how near a variation is to the sentence")
     parser.add_argument("--clip_model", help="folder or Hub id: with --imsm_captions, how near it is to the picture")
-    parser.add_argument("--imsm_captions", type=Path, help="file with one caption a line, over which IMSM compares")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--output", type=Path, default=Path("build"), help="folder for WAV and PNG, named after the files"
+        "--imsm_captions", type=existing_file, help="file with one caption a line, over which IMSM compares"
+    )
+    parser.add_argument("--seed", type=random_seed, default=0)
+    parser.add_argument(
+        "--output", type=new_folder, default=Path("build"), help="folder for WAV and PNG, named after the files"
     )
     arguments = parser.parse_args()
-    for flag, path in (("--image", arguments.image), ("--audio", arguments.audio)):
-        if path is not None and not path.is_file():
-            parser.error(f"{flag} {path} is no file")
-    if arguments.output.exists() and not arguments.output.is_dir():
-        parser.error(f"--output {arguments.output} is a file: give a folder, in which WAV and PNG are named")
     if (arguments.best_of > 1) != (arguments.clap_model is not None):
         parser.error("--best_of above 1 and --clap_model need each other")
     if (arguments.clip_model is None) != (arguments.imsm_captions is None):
@@ -161,4 +163,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

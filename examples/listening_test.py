@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+from command_line import errors_in_one_line, existing_file, new_folder, positive_int, positive_seconds, random_seed
 from evaluate_systems import find_clips, name_and_path, read_clip, read_picture
 
 from melfusion_pipeline.audio import save_audio
@@ -134,6 +135,21 @@ def export_listening_test(
         (folder / "key.json").write_text(json.dumps({"test": test, "seed": seed, "clips": order}, indent=1))
 
 
+def read_key(path: Path) -> dict:
+    """Reads `key.json`: which system each clip is of.
+
+    Raises:
+        ValueError: Naming the file, if it is none.
+    """
+    try:
+        key = json.loads(path.read_text(encoding="utf-8"))
+        if not key["test"] or not all({"row", "system"} <= source.keys() for source in key["clips"].values()):
+            raise KeyError("clips")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} is no key.json of a listening test: {error!r}") from error
+    return key
+
+
 def read_ratings(key: dict, path: Path) -> tuple[str, dict[str, dict]]:
     """Reads one rater's file: the name, and the ratings by clip.
 
@@ -216,18 +232,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export")
-    export.add_argument("--triplets", type=Path, required=True)
+    export.add_argument("--triplets", type=existing_file, required=True)
     export.add_argument("--systems", nargs="+", required=True, type=name_and_path, metavar="NAME=FOLDER")
-    export.add_argument("--audio_length_in_s", type=float, required=True)
-    export.add_argument("--num_items", type=int, default=20, help="number of rows, drawn at random")
-    export.add_argument("--seed", type=int, default=0)
-    export.add_argument("--output", type=Path, required=True)
+    export.add_argument("--audio_length_in_s", type=positive_seconds, required=True)
+    export.add_argument("--num_items", type=positive_int, default=20, help="number of rows, drawn at random")
+    export.add_argument("--seed", type=random_seed, default=0)
+    export.add_argument("--output", type=new_folder, required=True)
     read = commands.add_parser("read")
-    read.add_argument("--key", type=Path, required=True)
-    read.add_argument("ratings", type=Path, nargs="+")
+    read.add_argument("--key", type=existing_file, required=True)
+    read.add_argument("ratings", type=existing_file, nargs="+")
     arguments = parser.parse_args(arguments)
     if arguments.command == "read":
-        key = json.loads(arguments.key.read_text())
+        key = read_key(arguments.key)
         table = aggregate_ratings(key, arguments.ratings)
         rows = {source["row"] for source in key["clips"].values()}
         return print(format_ratings(table, len(arguments.ratings), len(rows)))
@@ -239,4 +255,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
+from command_line import errors_in_one_line, existing_file, new_folder, positive_int, positive_seconds
 from model_card import is_repo_id
 from pair_sources import Item, clips_of, cut_track, find_items
 from PIL import Image
@@ -58,7 +59,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", help="folder, csv, tsv, json or jsonl file, or a set that `datasets` reads")
     parser.add_argument("--music", help="the same, with or without captions; MusicCaps' csv with its clips beside it")
-    parser.add_argument("--output", type=Path, required=True, help="folder for pairs.jsonl and sheet.html")
+    parser.add_argument("--output", type=new_folder, required=True, help="folder for pairs.jsonl and sheet.html")
     parser.add_argument("--picture_column", default="image", help="its name in a file or set")
     parser.add_argument("--music_column", default="audio")
     parser.add_argument("--caption_column", default="caption", help="of the music")
@@ -66,24 +67,30 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clip_model", help="folder or Hub id")
     parser.add_argument("--clap_model", help="folder or Hub id")
     use = "file of phrases that bridge pictures and music, one a line, like 'mood: calm' (default: a list of 98)"
-    parser.add_argument("--bridge", type=Path, default=HERE / "bridging_captions.txt", help=use)
-    parser.add_argument("--audio_length_in_s", type=float, default=10.24, help="shortest clip of what is cut")
+    parser.add_argument("--bridge", type=existing_file, default=HERE / "bridging_captions.txt", help=use)
     parser.add_argument(
-        "--reuse", type=int, default=1, help="how often each of the fewer, pictures or clips, may serve"
+        "--audio_length_in_s", type=positive_seconds, default=10.24, help="shortest clip of what is cut"
+    )
+    parser.add_argument(
+        "--reuse", type=positive_int, default=1, help="how often each of the fewer, pictures or clips, may serve"
     )
     parser.add_argument(
         "--min_score", type=float, default=0.0, help="leave out pairs below; a run prints what is usual"
     )
     parser.add_argument("--duplicates", type=float, default=0.98, help="likeness of near duplicates; 1 keeps them all")
-    parser.add_argument("--cache", type=Path, help="folder for embeddings (default: embeddings in --output)")
+    parser.add_argument("--cache", type=new_folder, help="folder for embeddings (default: embeddings in --output)")
     parser.add_argument("--hub_dataset_id", help="publish the pairs as a set, such as you/pairs")
-    parser.add_argument("--drop", type=Path, nargs="+", help="lists saved by the sheet: take these out, pair nothing")
+    parser.add_argument(
+        "--drop", type=existing_file, nargs="+", help="lists saved by the sheet: take these out, pair nothing"
+    )
     args = parser.parse_args(arguments)
     needed = () if args.drop else ("pictures", "music", "clip_model", "clap_model")
     if missing := [f"--{name}" for name in needed if getattr(args, name) is None]:
         parser.error(f"give {', '.join(missing)}, or --drop")
-    if args.reuse < 1 or not 0 < args.duplicates <= 1 or not args.audio_length_in_s >= 1:
-        parser.error("--reuse must be at least 1, --duplicates in (0, 1], --audio_length_in_s at least 1")
+    if args.drop and not (args.output / "pairs.jsonl").is_file():
+        parser.error(f"--output {args.output} holds no pairs.jsonl to drop pairs of: make them, or give their folder")
+    if not 0 < args.duplicates <= 1 or args.audio_length_in_s < 1:
+        parser.error("--duplicates must be in (0, 1], --audio_length_in_s at least 1")
     if args.hub_dataset_id and not is_repo_id(args.hub_dataset_id):
         parser.error(f"--hub_dataset_id must be like user/name, but is {args.hub_dataset_id!r}")
     return args
@@ -297,14 +304,27 @@ def format_sheet(lines: Sequence[str]) -> str:
     return page.substitute(count=len(lines), pairs="\n".join(articles), sheet=sheet)
 
 
+def read_pairs(path: Path) -> list[str]:
+    """Reads the lines of pairs.jsonl.
+
+    Raises:
+        ValueError: If they are not what this script wrote.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        format_sheet(lines)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} holds no pairs that this script wrote: {error!r}") from error
+    return lines
+
+
 def drop(output: Path, lists: Sequence[Path]) -> int:
     """Takes the pairs out of pairs.jsonl that were struck on the sheet, and gives their number.
 
     Raises:
         ValueError: If a list is none that the sheet saved, or of other pairs.
     """
-    lines = (output / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
-    struck = set()
+    lines, struck = read_pairs(output / "pairs.jsonl"), set()
     for path in lists:
         try:
             struck |= set(json.loads(path.read_text(encoding="utf-8"))["struck"])
@@ -366,4 +386,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

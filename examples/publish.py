@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from command_line import errors_in_one_line, new_folder, positive_int, positive_seconds, random_seed
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils.torch_utils import get_device
 from huggingface_hub import create_repo, upload_folder
@@ -110,7 +111,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder or Hub id of the trained pipeline")
     parser.add_argument("--hub_model_id", required=True, help="user/name")
-    parser.add_argument("--output", type=Path, default=Path("build/published"), help="folder to write and upload")
+    parser.add_argument(
+        "--output", type=new_folder, default=Path("build/published"), help="folder to write and upload"
+    )
     parser.add_argument("--only_learned", action="store_true", help="synapse and LoRA, without the base models")
     parser.add_argument("--dry_run", action="store_true", help="write the folder only")
     parser.add_argument("--private", action="store_true", help="if the repository is new")
@@ -126,10 +129,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         " --only_learned: the picture's and the music's, in this order",
     )
     parser.add_argument("--dataset", nargs="*", default=[], help="Hub ids of the training data")
-    parser.add_argument("--num_inference_steps", type=int, help="of the samples; default: the checkpoint's own")
-    parser.add_argument("--audio_length_in_s", type=float, help="of the samples; default: the checkpoint's own")
+    parser.add_argument(
+        "--num_inference_steps", type=positive_int, help="of the samples; default: the checkpoint's own"
+    )
+    parser.add_argument(
+        "--audio_length_in_s", type=positive_seconds, help="of the samples; default: the checkpoint's own"
+    )
     parser.add_argument("--image_guidance_scale", type=float, help="of the samples; default: the checkpoint's own")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--seed", type=random_seed, default=0, help="of the samples")
     args = parser.parse_args(arguments)
     missing = [str(path) for path in (args.results, *(path for path, _ in args.sample)) if path and not is_file(path)]
     if missing:
@@ -211,4 +218,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+from command_line import errors_in_one_line, existing_file, new_file, positive_int
 from slideshow import SIDE, add_music_arguments, load_pipeline, make_music, read_prompts, save_figure, write_json
 
 from melfusion_pipeline.film import Film, choose_frame, find_shots, read_film, read_shots, split_shots, stretches
@@ -28,13 +29,17 @@ LONGEST = 20.0
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("film", type=Path)
-    parser.add_argument("--shots", type=Path, metavar="CSV", help="a table with a column start (s); default: look")
-    parser.add_argument("--variations", type=int, default=1, help="make several, take the one that meets most cuts")
+    parser.add_argument("film", type=existing_file)
+    parser.add_argument(
+        "--shots", type=existing_file, metavar="CSV", help="a table with a column start (s); default: look"
+    )
+    parser.add_argument(
+        "--variations", type=positive_int, default=1, help="make several, take the one that meets most cuts"
+    )
     parser.add_argument("--old_sound", choices=("drop", "keep", "duck"), default="drop",
                         help="keep it under the music, or let the music step back where it is loud")  # fmt: skip
     parser.add_argument("--old_sound_gain_in_db", type=float, default=0.0, help="of the sound that is kept")
-    parser.add_argument("--output", type=Path, help="default: build/ and the film's name")
+    parser.add_argument("--output", type=new_file, help="default: build/ and the film's name")
     add_music_arguments(parser)
     return parser.parse_args()
 
@@ -99,4 +104,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

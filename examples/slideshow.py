@@ -14,6 +14,7 @@ from pathlib import Path
 
 import PIL.Image
 import torch
+from command_line import errors_in_one_line, existing_file, new_file, positive_int, positive_seconds, random_seed
 from matplotlib.figure import Figure
 
 from melfusion_pipeline import MelFusionPipeline
@@ -34,13 +35,17 @@ SIDE = 768
 def add_music_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what decides the music, and the checkpoint that makes it."""
     parser.add_argument("--prompt", default="a waltz for piano", help="one sentence for the whole")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file instead, one sentence a line")
+    parser.add_argument(
+        "--prompts", type=existing_file, metavar="FILE", help="a text file instead, one sentence a line"
+    )
     parser.add_argument("--checkpoint", default=EXAMPLES.parent, help="folder or Hub id; default: the bundled one")
-    parser.add_argument("--num_inference_steps", type=int, help="default: the checkpoint's own, as for guidance")
+    parser.add_argument(
+        "--num_inference_steps", type=positive_int, help="default: the checkpoint's own, as for guidance"
+    )
     parser.add_argument("--guidance_scale", type=float, help="strength of the sentence")
     parser.add_argument("--image_guidance_scale", type=float, help="strength of the pictures; 1: unguided")
     parser.add_argument("--synapse_scale", type=float, default=1.0, help="strength of the pictures; 0 ignores them")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=random_seed, default=0)
     parser.add_argument("--preview", action="store_true", help="also draw pictures and music as a PNG")
 
 
@@ -51,11 +56,11 @@ def parse_arguments() -> argparse.Namespace:
     length.add_argument(
         "--seconds", type=float, nargs="+", default=[6.0], help="for all pictures, or for each of them"
     )
-    length.add_argument("--total", type=float, help="seconds of the whole, shared out equally")
+    length.add_argument("--total", type=positive_seconds, help="seconds of the whole, shared out equally")
     parser.add_argument("--size", type=parse_size, default=(1920, 1080), metavar="WIDTHxHEIGHT")
     parser.add_argument("--crop", action="store_true", help="fill the size and cut off the rest; default: black bars")
     parser.add_argument(
-        "--output", type=Path, default=Path("build/slideshow.mp4"), help="an .mp4; more lies beside it"
+        "--output", type=new_file, default=Path("build/slideshow.mp4"), help="an .mp4; more lies beside it"
     )
     add_music_arguments(parser)
     arguments = parser.parse_args()
@@ -226,4 +231,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate.utils import LoggerType
+from command_line import existing_folder, new_folder
 from diffusers.optimization import SchedulerType
 from model_card import is_repo_id
 from train_checkpoints import POSITION, is_checkpoint, list_checkpoints
@@ -48,7 +49,11 @@ def add_data_arguments(group) -> None:
     group.add_argument("--dataset_name", help="instead: a set on the Hub, or a folder that `datasets` reads")
     group.add_argument("--dataset_config_name", help="one of several configurations of the set")
     group.add_argument("--dataset_split", default="train", help="of the set")
-    group.add_argument("--data_root", help="folder that no file may lie outside of (default: that of --train_data)")
+    group.add_argument(
+        "--data_root",
+        type=existing_folder,
+        help="folder that no file may lie outside of (default: that of --train_data)",
+    )
     for column in COLUMNS:
         group.add_argument(f"--{column}_column", default=column, help="its name in the file")
     group.add_argument("--train_split", help="use only the rows with this value in the split column")
@@ -60,13 +65,15 @@ def add_data_arguments(group) -> None:
     group.add_argument("--audio_length_in_s", type=float, default=10.24)
     group.add_argument("--image_latents", choices=("inversion", "noising"), default="inversion")
     group.add_argument("--num_inversion_steps", type=int, default=10, help="of the cached trajectories")
-    group.add_argument("--trajectory_cache", help="folder (default: trajectories in --output_dir)")
+    group.add_argument("--trajectory_cache", type=new_folder, help="folder (default: trajectories in --output_dir)")
     group.add_argument(
         "--offload_image_side",
         action="store_true",
         help="cache keys and values (157 MB a picture with SD 1.5 at 512 px), and drop the picture's models",
     )
-    group.add_argument("--music_latents_cache", help="folder for encoded clips, if none is longer than trained on")
+    group.add_argument(
+        "--music_latents_cache", type=new_folder, help="folder for encoded clips, if none is longer than trained on"
+    )
     group.add_argument("--random_image_crops", action="store_true", help="only with --image_latents noising")
     group.add_argument("--dataloader_num_workers", type=int, help="a core each at most (default: one stays free, 8)")
 
@@ -106,7 +113,7 @@ def add_training_arguments(group) -> None:
 
 
 def add_output_arguments(group) -> None:
-    group.add_argument("--output_dir", type=Path, required=True)
+    group.add_argument("--output_dir", type=new_folder, required=True)
     group.add_argument("--checkpointing_steps", type=int, default=500)
     group.add_argument("--checkpoints_total_limit", type=int)
     group.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or 'latest'")
@@ -150,9 +157,7 @@ def find_problems(args: argparse.Namespace) -> Iterator[str]:
         path = getattr(args, name)
         if path is not None and not Path(path).is_file():
             yield f"--{name} {path} {'is a folder: see --dataset_name' if Path(path).is_dir() else 'does not exist'}"
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        yield f"--output_dir {args.output_dir} is a file: give a folder"
-    elif args.resume_from_checkpoint is None and not args.check_data and list_checkpoints(args.output_dir):
+    if args.resume_from_checkpoint is None and not args.check_data and list_checkpoints(args.output_dir):
         yield (
             f"--output_dir {args.output_dir} holds {list_checkpoints(args.output_dir)[-1].name} of another run, whose"
             " pipeline this one would replace: give another folder, or --resume_from_checkpoint latest to go on"
@@ -176,6 +181,8 @@ def find_problems(args: argparse.Namespace) -> Iterator[str]:
     for name in ("audio_length_in_s", "learning_rate", "synapse_learning_rate", "adam_weight_decay", "logit_mean"):
         if getattr(args, name) is not None and not math.isfinite(getattr(args, name)):
             yield f"--{name} must be finite, got {getattr(args, name)}"
+    if args.seed >= 2**32:
+        yield f"--seed must be below {2**32}, got {args.seed}"
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             yield f"--{name} must lie in [0, 1), got {getattr(args, name)}"

@@ -25,6 +25,7 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
+from command_line import errors_in_one_line
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.optimization import get_scheduler
 from model_card import TRAINED, WHOLE_PIPELINE, Publication, read_training, write_model_card, write_training
@@ -394,4 +395,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

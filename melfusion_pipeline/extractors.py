@@ -63,8 +63,12 @@ class ClapExtractor:
             device: Where the model runs.
             dtype: The dtype of its weights.
             batch_size: Number of items a forward pass.
+
+        Raises:
+            OSError: If there is no such model.
+            ValueError: If it is a model of another kind, or lacks weights.
         """
-        model = ClapModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype, use_safetensors=True)
+        model = _load_model(ClapModel, pretrained_model_name_or_path, dtype)
         return cls(model.to(device), ClapProcessor.from_pretrained(pretrained_model_name_or_path), batch_size)
 
     def embed(
@@ -142,7 +146,7 @@ class ClipExtractor:
 
         Arguments are those of `ClapExtractor.from_pretrained`.
         """
-        model = CLIPModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype, use_safetensors=True)
+        model = _load_model(CLIPModel, pretrained_model_name_or_path, dtype)
         return cls(model.to(device), CLIPProcessor.from_pretrained(pretrained_model_name_or_path), batch_size)
 
     def embed(self, *, images: Sequence[Image.Image] | None = None, text: Sequence[str] | None = None) -> np.ndarray:
@@ -268,7 +272,7 @@ class AstExtractor(_AudioClassifier):
         Arguments are those of `ClapExtractor.from_pretrained`.
         """
         name = pretrained_model_name_or_path
-        model = ASTForAudioClassification.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        model = _load_model(ASTForAudioClassification, name, dtype)
         return cls(model.to(device), ASTFeatureExtractor.from_pretrained(name), batch_size)
 
     def _forward(self, clips):
@@ -407,6 +411,17 @@ def _import_extra(module, packages):
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"This extractor needs an optional package: `pip install {packages}` ({error}).") from error
+
+
+def _load_model(model_class, name, dtype):
+    wanted, found = model_class.config_class.model_type, model_class.config_class.get_config_dict(name)[0]
+    if found.get("model_type", wanted) != wanted:
+        raise ValueError(f"{str(name)!r} holds a model of the type {found['model_type']!r}, but {wanted!r} is needed.")
+    model, report = model_class.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    # Transformers would draw them at random.
+    if missing := sorted(set(report["missing_keys"]) & {weight for weight, _ in model.named_parameters()}):
+        raise ValueError(f"{str(name)!r} lacks {len(missing)} weights, {missing[0]} the first of them: load it anew.")
+    return model
 
 
 def _load_weights(model, name):

@@ -5,14 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import demo
+import evaluate
 import generate
+import listening_test
 import numpy as np
+import pair_triplets
 import PIL.Image
+import publish
 import pytest
 import score_film
 import slideshow
 import soundfile
+import train_melfusion
 from best_of import best_first
+from command_line import errors_in_one_line
 from conftest import photograph
 from extractor_checkpoints import save_clap, save_clip
 from films import clicks, write_film
@@ -87,9 +94,10 @@ def test_no_flag_of_generate_is_passed_over(tmp_path, monkeypatch, capsys):
     judges = ("--clip_model", "clip", "--imsm_captions", tmp_path / "captions.txt")
     song = tmp_path / "song.wav"
     soundfile.write(song, polyphonic_music(16000, 0.5), 16000)
+    (tmp_path / "captions.txt").write_text("a\n\n")
     for arguments, message in (
-        (("--audio", tmp_path / "none.wav"), "none.wav is no file"),
-        (("--image", tmp_path), f"--image {tmp_path} is no file"),
+        (("--audio", tmp_path / "none.wav"), "none.wav does not exist"),
+        (("--image", tmp_path), f"argument --image: {tmp_path} is a folder: give a file"),
         (("--output", song), "song.wav is a file: give a folder"),
         (("--audio", song, "--go_on_to", "3", "--audio_length_in_s", "4"), "in place of --audio_length_in_s"),
         (judges, "--clip_model needs --best_of above 1"),
@@ -100,9 +108,89 @@ def test_no_flag_of_generate_is_passed_over(tmp_path, monkeypatch, capsys):
     given = generate.given_music(parse("--audio", song, "--go_on_to", "0"))
     assert given["audio_length_in_s"] == 0
     # Before CLAP is loaded, and before any music is made.
-    (tmp_path / "captions.txt").write_text("a\n\n")
     with pytest.raises(ValueError, match="--imsm_captions must hold two captions at least"):
         generate.load_judges(parse("--best_of", "3", "--clap_model", "nowhere", *judges))
+
+
+# Of every script: what its other arguments need, and arguments that cannot be right. FILE, FOLDER and NONE are paths.
+WRONG_ARGUMENTS = {
+    generate: ((), "--image NONE, --image FOLDER, --audio NONE, --imsm_captions NONE, --output FILE, --output FILE/a,"
+               " --seed -1, --seed 1e3, --seed 9999999999999999999, --best_of 0, --num_inference_steps 0,"
+               " --audio_length_in_s nan, --audio_length_in_s long"),
+    demo: ((), "--output FILE, --seed x, --num_inference_steps -1"),
+    slideshow: (("FOLDER",), "--prompts NONE, --prompts FOLDER, --output FOLDER, --output FILE/a.mp4, --total 0"
+                ", --seed -1"),
+    score_film: (("FILE",), "--shots NONE, --output FOLDER, --variations 0"),
+    listening_test: (
+        ("export", "--triplets", "FILE", "--systems", "a=FOLDER", "--audio_length_in_s", "1", "--output", "NONE"),
+        "--triplets NONE, --triplets FOLDER, --audio_length_in_s inf, --num_items 0, --output FILE/a",
+    ),
+    publish: (("--checkpoint", "FOLDER", "--hub_model_id", "a/b"), "--output FILE, --results NONE, --seed -1"
+              ", --audio_length_in_s 0, --num_inference_steps 0"),
+    evaluate: (("--triplets", "FILE", "--output", "NONE"), "--triplets NONE, --data_root FILE, --data_root NONE"
+               ", --output FILE, --imsm_captions NONE, --subjective FOLDER, --subjective FILE/a, --seed x"
+               ", --audio_length_in_s 0, --num_inversion_steps 0"),
+    pair_triplets: (tuple("--pictures a --music a --clip_model a --clap_model a --output FOLDER".split()),
+                    "--drop NONE, --drop FILE, --bridge NONE, --cache FILE, --reuse 0"
+                    ", --audio_length_in_s inf, --duplicates nan"),
+    train_melfusion: (
+        ("--train_data", "FILE", "--output_dir", "NONE", "--pretrained_model_name_or_path", "x"),
+        "--train_data NONE, --data_root FILE, --trajectory_cache FILE, --music_latents_cache FILE, --output_dir FILE/a"
+        ", --seed 4294967296",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", WRONG_ARGUMENTS, ids=lambda script: script.__name__)
+def test_arguments_that_cannot_be_right_are_named_before_any_work(script, tmp_path, monkeypatch, capsys):
+    paths = {"FILE": tmp_path / "file.jsonl", "FOLDER": tmp_path / "folder", "NONE": tmp_path / "none"}
+    paths["FOLDER"].mkdir()
+    paths["FILE"].write_text("")
+    needed, wrong = WRONG_ARGUMENTS[script]
+    for pair in wrong.split(", "):
+        words = [*needed, *pair.split()]
+        for name, path in paths.items():
+            words = [word.replace(name, str(path)) for word in words]
+        monkeypatch.setattr(sys, "argv", [script.__name__, *words])
+        with pytest.raises(SystemExit) as end:
+            script.main()
+        said = capsys.readouterr().err.rpartition("error: ")[2]
+        # What --drop takes pairs out of lies in --output.
+        flag = "--output" if pair == "--drop FILE" else words[-2]
+        assert end.value.code == 2 and (flag in said or words[-1] in said), (pair, said)
+        assert not paths["NONE"].exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"image": 1}', '{"test": "a", "clips": {"1-A": 3}}'])
+def test_files_that_these_scripts_did_not_write_are_named(tmp_path, content):
+    (tmp_path / "pairs.jsonl").write_text(content or "{}")
+    with pytest.raises(ValueError, match=r"pairs\.jsonl' holds no pairs that this script wrote"):
+        pair_triplets.read_pairs(tmp_path / "pairs.jsonl")
+    (tmp_path / "key.json").write_text(content)
+    with pytest.raises(ValueError, match=r"key\.json' is no key.json of a listening test"):
+        listening_test.read_key(tmp_path / "key.json")
+
+
+def test_errors_that_say_what_to_do_are_one_line_and_faults_keep_their_traceback(capsys):
+    for action, message in (
+        (lambda: lay_out(3, [0.0], None), "error: Each picture needs more than 0"),
+        (lambda: open("none"), "error: [Errno 2] No such file or directory: 'none'"),
+    ):
+        with pytest.raises(SystemExit, match=message.replace("[", r"\[")), errors_in_one_line():
+            action()
+    with pytest.raises(ValueError, match="need at least one array"), errors_in_one_line():
+        np.concatenate([])
+
+
+def test_a_model_of_another_kind_is_named_in_one_line(tmp_path):
+    clip = save_clip(tmp_path / "clip")
+    arguments = ("--pictures", ROOT / "examples" / "images", "--music", tmp_path, "--output", tmp_path / "set")
+    soundfile.write(tmp_path / "song.wav", polyphonic_music(16000, 1.0), 16000)
+    models = ("--clip_model", clip, "--clap_model", clip)
+    result = run_script(ROOT / "examples" / "pair_triplets.py", *arguments, *models, folder=tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last == f"pair_triplets.py: error: {str(clip)!r} holds a model of the type 'clip', but 'clap' is needed."
 
 
 def test_the_best_variation_has_the_best_ranks():

@@ -1,3 +1,4 @@
+import shutil
 import sys
 
 import librosa
@@ -7,7 +8,7 @@ import torch
 from conftest import assert_near
 from extractor_checkpoints import save_ast, save_clap, save_clip
 from PIL import Image
-from safetensors.torch import save_model
+from safetensors.torch import load_file, save_file, save_model
 from scipy.special import softmax
 
 from melfusion_pipeline.extractors import (
@@ -111,6 +112,22 @@ def test_precision_is_the_callers(clip_folder, ast_folder):
     ast = AstExtractor.from_pretrained(str(ast_folder), device="cpu", dtype=torch.bfloat16)
     probabilities = ast.probabilities(audio=music(seconds=1), sampling_rate=16000)
     assert_near(probabilities.sum(1), np.ones(len(probabilities)))
+
+
+def test_a_model_of_another_kind_or_without_all_weights_is_refused(clip_folder, clap_folder, tmp_path):
+    for extractor, folder, found, needed in (
+        (ClapExtractor, clip_folder, "clip", "clap"),
+        (ClipExtractor, clap_folder, "clap", "clip"),
+        (AstExtractor, clip_folder, "clip", "audio-spectrogram-transformer"),
+    ):
+        with pytest.raises(ValueError, match=f"holds a model of the type '{found}', but '{needed}' is needed"):
+            extractor.from_pretrained(str(folder))
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["visual_projection.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 weights, visual_projection.weight the first"):
+        ClipExtractor.from_pretrained(str(folder))
 
 
 @pytest.mark.parametrize("rate", [22050, 32000, 48000])
