@@ -26,7 +26,6 @@ from .features_melfusion import ImageFeatures, nearest_steps
 from .files_melfusion import atomic_write
 from .inversion_melfusion import ddim_walk, inversion_grid
 from .modeling_melfusion import decoder_layers
-from .pictures_melfusion import MAX_IMAGE_SIZE
 from .waveforms_melfusion import Spectrogram
 
 
@@ -117,7 +116,7 @@ class PictureCache:
     def __init__(
         self, folder: str | os.PathLike, pipe: DiffusionPipeline, num_inversion_steps: int, image_size: int
     ) -> None:
-        check_integer("image_size", image_size, 1, MAX_IMAGE_SIZE)
+        check_integer("image_size", image_size, 1)
         if image_size % pipe.image_vae_scale_factor:
             raise ValueError(f"`image_size` must be a multiple of {pipe.image_vae_scale_factor}, got {image_size}.")
         self.pipe, self.image_size = pipe, image_size
