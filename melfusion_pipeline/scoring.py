@@ -35,6 +35,7 @@ SOUND_RATE = 48000
 # What H.264 can say.
 MAX_SIDE = 16384
 LAYOUTS = {1: "mono", 2: "stereo"}
+HEVC_TAG = "hvc1"
 STEREO = ("aformat", "sample_fmts=fltp:channel_layouts=stereo")
 # Above -30 dB of old sound the music steps back, at most by about 15 dB, and takes its time to come back.
 DUCKING = {"threshold": "0.03", "ratio": "6", "attack": "40", "release": "700"}
@@ -269,7 +270,11 @@ def check_container(path: str | os.PathLike, film: Film) -> None:
 
 def _add_copied_stream(container: "av.container.OutputContainer", stream: "av.VideoStream") -> "av.VideoStream":
     # Without `opaque` PyAV looks for an encoder of the decoder's name: there is none for AV1 and Theora.
-    return container.add_stream_from_template(stream, opaque=True)
+    copied = container.add_stream_from_template(stream, opaque=True)
+    # PyAV drops the tag, FFmpeg's own is hev1, and Apple's players show hvc1 only, which is what phones write.
+    if stream.codec_context.codec_tag == HEVC_TAG and container.format.name in ("mp4", "mov"):
+        copied.codec_context.codec_tag = HEVC_TAG
+    return copied
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def shot_picture(colour, size):
 
 
 def write_film(
-    path, times=None, size=(64, 48), shot=1.0, rotation=0, sound=None, start=0.0, codec="libx264", ends=None, **options
+    path, times=None, size=(64, 48), shot=1.0, rotation=0, sound=None, start=0.0, codec="libx264", tag=None, **options
 ):
     """A film whose colour changes every `shot` seconds; its pictures are shown at `times`."""
     times = np.arange(0, 4, 0.04) if times is None else times
@@ -38,6 +38,8 @@ def write_film(
         stream = container.add_stream(codec, rate=25, options={"g": "20", **options})
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        if tag:
+            stream.codec_context.codec_tag = tag
         if rotation:
             stream.set_display_rotation(rotation)
         track = None if sound is None else container.add_stream("aac", rate=RATE, layout="mono")

@@ -429,6 +429,17 @@ def test_films_are_copied_whose_decoder_has_no_encoder_of_its_name(tmp_path):
         assert packets(tmp_path / f"scored{suffix}") == packets(film.path)
 
 
+def test_a_film_of_a_phone_keeps_the_tag_without_which_apple_does_not_play_it(tmp_path):
+    hevc = {"codec": "libx265", "tag": "hvc1", "x265-params": "log-level=none"}
+    film = read_film(write_film(tmp_path / "phone.mov", np.arange(10) / 25, **hevc))
+    tags = []
+    for name in ("scored.mov", "scored.mp4", "scored.mkv"):
+        write_scored_film(tmp_path / name, film, clicks([0.1], 0.4), RATE)
+        with av.open(str(tmp_path / name)) as container:
+            tags.append(container.streams.video[0].codec_context.codec_tag)
+    assert tags == ["hvc1", "hvc1", "\0\0\0\0"]
+
+
 def test_a_webm_is_scored_with_opus(tmp_path):
     film = read_film(write_film(tmp_path / "film.webm", codec="libvpx"))
     write_scored_film(tmp_path / "scored.webm", film, clicks([1], 4), RATE)
