@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image_guidance_scale", type=float, help="strength of the picture; 1: unguided")
     parser.add_argument("--synapse_scale", type=float, default=1.0, help="strength of the picture; 0 ignores it")
     parser.add_argument(
-        "--audio", type=existing_file, help="music that is there: wav, flac, ogg, mp3; m4a and mp4 with PyAV"
+        "--audio", type=existing_file, help="music that is there: wav, flac, ogg, mp3; m4a, mp4 and mov with PyAV"
     )
     parser.add_argument("--strength", type=float, help="how much of it a variation forgets, above 0 to 1")
     use = "stretches of it that are made anew, in seconds; --strength below 1 varies them"

@@ -51,7 +51,7 @@ MP3_SAMPLING_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 480
 MAX_OGG_SAMPLING_RATE = 200000
 SAMPLES_PER_BLOCK = 1 << 16
 # What libsndfile cannot read and PyAV can.
-AV_SUFFIXES = (".aac", ".m4a", ".mp4")
+AV_SUFFIXES = (".aac", ".m4a", ".mov", ".mp4")
 # Decoding begins this many seconds early: a compressed frame builds upon the frames before it.
 PREROLL = Fraction(1, 2)
 
@@ -126,7 +126,8 @@ def load_audio(
     """Reads a stretch of a sound file without decoding the rest of it.
 
     Args:
-        path: the file: wav, flac, ogg, mp3, or, with PyAV (`pip install av`), m4a, aac, or the sound of an mp4.
+        path: the file: wav, flac, ogg, mp3, or, with PyAV (`pip install av`), m4a, aac, or the sound of an mp4
+            or a mov.
         start: where to begin, in seconds.
         duration: how much to read, in seconds; less is returned where the file ends earlier. `None` reads to the end.
 

@@ -75,9 +75,13 @@ def read_film(path: str | os.PathLike) -> Film:
         What was found. The duration is that of the pictures, from the packets, whatever the file's header says.
 
     Raises:
-        ValueError: If the file is no film, has no video stream (the cover of a song is none), or no picture in it.
+        ValueError: If the file is no film (a single picture is none), has no video stream (the cover of a song is
+            none), or no picture in it.
     """
     with open_film(path) as container:
+        # FFmpeg takes a picture for a film of one frame.
+        if container.format.name == "image2" or container.format.name.endswith("_pipe"):
+            raise ValueError(f"{str(path)!r} is a picture and no film: make a slide show of it.")
         stream = picture_stream(container, path)
         times, ends, keyframes = [], [], []
         for packet in container.demux(stream):

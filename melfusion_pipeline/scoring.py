@@ -284,7 +284,7 @@ def _naming_what_cannot_be_copied(stream: "av.VideoStream", path: Path) -> Itera
     # FFmpeg's refusals are ValueErrors as well; a full disk is none.
     except ValueError as error:
         name = stream.codec_context.name
-        message = f"the pictures ({name}) cannot be copied into {str(path)!r}: {error} A .mkv takes all kinds."
+        message = f"the pictures ({name}) cannot be copied into {str(path)!r}: {error} A .mkv takes nearly all kinds."
         raise ValueError(message) from error
 
 
@@ -407,6 +407,10 @@ def _create(path: Path) -> "av.container.OutputContainer":
     # The index comes first, so that a browser need not load the whole file before it plays.
     options = {"movflags": "+faststart"} if path.suffix.lower() in (".mp4", ".mov", ".m4v") else {}
     try:
-        return av.open(os.fspath(path), "w", options=options)
+        container = av.open(os.fspath(path), "w", options=options)
     except ValueError as error:
         raise ValueError(f"{path.suffix!r} is no suffix of a film: write .mp4, .mov or .mkv.") from error
+    if container.default_audio_codec == "none":
+        container.close()
+        raise ValueError(f"{path.suffix!r} holds no sound: write .mp4, .mov or .mkv.")
+    return container

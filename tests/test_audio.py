@@ -202,7 +202,7 @@ def test_load_audio_reads_only_the_wanted_frames(tmp_path, suffix):
         load_audio(path, start=7.0)
 
 
-@pytest.mark.parametrize("name, priming", [("music.m4a", 0), ("FILM.MP4", 0), ("music.aac", 1024)])
+@pytest.mark.parametrize("name, priming", [("music.m4a", 0), ("FILM.MP4", 0), ("PHONE.MOV", 0), ("music.aac", 1024)])
 def test_the_sound_of_films_is_read_from_any_moment(tmp_path, name, priming):
     time = np.arange(6 * 44100) / 44100
     tones = np.stack([np.sin(2 * np.pi * (200 + 50 * time) * time), np.sin(2 * np.pi * 440 * time) / 2]) * 0.8

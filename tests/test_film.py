@@ -137,6 +137,10 @@ def test_files_without_pictures_are_refused_by_name(tmp_path):
         read_film(tmp_path / "text.mp4")
     with pytest.raises(FileNotFoundError):
         read_film(tmp_path / "none.mp4")
+    for name in ("picture.jpg", "picture.png"):
+        PIL.Image.new("RGB", (32, 32), "red").save(tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{name}' is a picture and no film: make a slide show"):
+            read_film(tmp_path / name)
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         track = container.add_stream("aac", rate=RATE, layout="mono")
         frame = av.AudioFrame.from_ndarray(clicks([0], 1)[None], format="fltp", layout="mono")
@@ -414,6 +418,7 @@ def test_films_that_cannot_be_written_are_refused(tmp_path):
     for name, message in (
         ("scored.webm", r"\(h264\) cannot be copied into .*scored.webm'"),
         ("a.txt", "is no suffix"),
+        ("a.gif", "'.gif' holds no sound: write .mp4, .mov or .mkv"),
     ):
         with pytest.raises(ValueError, match=message):
             check_container(tmp_path / name, film)
