@@ -66,7 +66,7 @@ def write_slideshow(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If the path, the size, the starts, the fade or the waveform is unusable.
+        ValueError: If the path, the size, the starts, the fade or the waveform is unusable, or the pictures run out.
         OSError: If the file cannot be written.
     """
     check_path("path", path)
@@ -124,7 +124,10 @@ def _slideshow_frames(
         change = index if index and time - starts[index] < fades[index - 1] / 2 else index + 1
         fading = change < len(starts) and 0 < change and abs(time - starts[change]) < fades[change - 1] / 2
         for needed in range(max(fitted, default=-1) + 1, (change if fading else index) + 1):
-            fitted[needed] = _fit(next(coming), size, crop)
+            picture = next(coming, None)
+            if picture is None:
+                raise ValueError(f"`pictures` must be as many as `starts`, got {needed} for {len(starts)}.")
+            fitted[needed] = _fit(picture, size, crop)
             fitted.pop(needed - 2, None)
         if fading:
             share = (time - starts[change]) / fades[change - 1] + 0.5

@@ -331,6 +331,7 @@ def test_fades_are_no_longer_than_the_pictures_last(tmp_path):
         ({"starts": [0, 2]}, "`starts` must begin at 0"),
         ({"starts": [0, math.nan]}, "`starts` must be finite, got nan"),
         ({"starts": []}, "`starts` must begin at 0"),
+        ({"starts": [0, 0.5, 1]}, "`pictures` must be as many as `starts`, got 2 for 3"),
         ({"fade_in_s": -1}, "`fade_in_s` must be finite and at least 0, got -1"),
         ({"fade_in_s": math.nan}, "`fade_in_s` must be finite and at least 0, got nan"),
         ({"waveform": np.zeros((3, 100), np.float32)}, r"`waveform` must be \[samples\] or"),
@@ -341,8 +342,10 @@ def test_fades_are_no_longer_than_the_pictures_last(tmp_path):
 def test_slide_shows_that_cannot_be_written_are_refused(tmp_path, changes, message):
     arguments = {"path": "show.mp4", "starts": [0, 1], "waveform": clicks([0], 2), "sampling_rate": RATE} | changes
     arguments["path"] = tmp_path / arguments["path"]
-    with pytest.raises(ValueError, match=message):
-        write_slideshow(pictures=[PIL.Image.new("RGB", (8, 8))] * 2, **arguments)
+    pictures = [PIL.Image.new("RGB", (8, 8))] * 2
+    for given in (pictures, iter(pictures)):
+        with pytest.raises(ValueError, match=message):
+            write_slideshow(pictures=given, **arguments)
     assert list(tmp_path.iterdir()) == []
 
 
