@@ -1,6 +1,6 @@
-"""What the scripts here share: paths and seeds that are checked where they are given, and errors in one line.
+"""What the scripts here share: arguments that are checked where they are given, and errors in one line.
 
-All functions but the last are types for `add_argument`: argparse names the flag.
+Those with a text as their argument are types for `add_argument`: argparse names the flag.
 """
 
 import argparse
@@ -82,6 +82,19 @@ def random_seed(text: str) -> int:
     if not text.isdecimal() or int(text) > MAX_SEED:
         raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to {MAX_SEED}")
     return int(text)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Reads the lines of a text file that are not empty.
+
+    Raises:
+        ValueError: If it is no text in UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is no text in UTF-8, save it as such: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 @contextmanager

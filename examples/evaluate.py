@@ -28,6 +28,7 @@ from command_line import (
     positive_int,
     positive_seconds,
     random_seed,
+    read_lines,
 )
 from evaluate_scores import describe_rows, draw_results, extract, format_results, remarks, score
 from evaluate_storyboards import (
@@ -195,7 +196,7 @@ def load_extractors(arguments: argparse.Namespace, device: torch.device) -> dict
 
 def read_captions(path: Path | None, rows: Sequence[dict]) -> list[str]:
     """The captions that bridge picture and music in IMSM: those of a file, or the set's own, each once."""
-    texts = path.read_text(encoding="utf-8").splitlines() if path else [row["caption"] for row in rows]
+    texts = read_lines(path) if path else [row["caption"] for row in rows]
     captions = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
     if len(captions) < 2:
         raise ValueError(f"IMSM needs at least 2 different captions, but {path or 'the set'} has {len(captions)}.")

@@ -14,7 +14,15 @@ from typing import Any
 import PIL.Image
 import torch
 from best_of import best_first, score_variations
-from command_line import errors_in_one_line, existing_file, new_folder, positive_int, positive_seconds, random_seed
+from command_line import (
+    errors_in_one_line,
+    existing_file,
+    new_folder,
+    positive_int,
+    positive_seconds,
+    random_seed,
+    read_lines,
+)
 from diffusers.utils.torch_utils import get_device
 
 from melfusion_pipeline import MelFusionPipeline
@@ -104,8 +112,7 @@ def load_judges(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `score_variations` that judge; before any music is made, which a wrong name would lose."""
     if arguments.clip_model is None:
         return {"clap": ClapExtractor.from_pretrained(arguments.clap_model, get_device())}
-    lines = arguments.imsm_captions.read_text(encoding="utf-8").splitlines()
-    captions = [line.strip() for line in lines if line.strip()]
+    captions = read_lines(arguments.imsm_captions)
     if len(captions) < 2:
         raise ValueError(f"--imsm_captions must hold two captions at least, got {captions}.")
     return {

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
-from command_line import errors_in_one_line, existing_file, new_folder, positive_int, positive_seconds
+from command_line import errors_in_one_line, existing_file, new_folder, positive_int, positive_seconds, read_lines
 from model_card import is_repo_id
 from pair_sources import Item, clips_of, cut_track, find_items
 from PIL import Image
@@ -175,10 +175,9 @@ def without_duplicates(thumbnails: torch.Tensor, threshold: float) -> list[int]:
 
 def read_phrases(path: Path) -> list[tuple[str, str]]:
     """Reads the bridging captions: category, which may be empty, and phrase."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     phrases = [
         (head.strip(), tail.strip()) if mark else ("", line)
-        for line in lines
+        for line in read_lines(path)
         for head, mark, tail in [line.partition(": ")]
     ]
     if len(phrases) < 2:

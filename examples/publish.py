@@ -19,6 +19,7 @@ from command_line import errors_in_one_line, new_folder, positive_int, positive_
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils.torch_utils import get_device
 from huggingface_hub import create_repo, upload_folder
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from model_card import (
     TRAINED,
@@ -144,7 +145,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args.results = read_results(parser, args.results) if args.results else None
     if not is_repo_id(args.hub_model_id):
         parser.error(f"--hub_model_id must be like user/name, but is {args.hub_model_id!r}")
-    validate_repo_id(args.hub_model_id)
+    try:
+        validate_repo_id(args.hub_model_id)
+    except HFValidationError as error:
+        parser.error(f"--hub_model_id: {error}")
     if args.only_learned:
         check_learned(parser, args)
     if Path(args.checkpoint).resolve() == args.output.resolve():

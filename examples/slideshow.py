@@ -14,7 +14,15 @@ from pathlib import Path
 
 import PIL.Image
 import torch
-from command_line import errors_in_one_line, existing_file, new_file, positive_int, positive_seconds, random_seed
+from command_line import (
+    errors_in_one_line,
+    existing_file,
+    new_file,
+    positive_int,
+    positive_seconds,
+    random_seed,
+    read_lines,
+)
 from matplotlib.figure import Figure
 
 from melfusion_pipeline import MelFusionPipeline
@@ -137,7 +145,7 @@ def read_prompts(arguments: argparse.Namespace, count: int) -> str | list[str]:
     """
     if arguments.prompts is None:
         return arguments.prompt
-    lines = [line for line in arguments.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = read_lines(arguments.prompts)
     if len(lines) != count:
         raise ValueError(f"{str(arguments.prompts)!r} has {len(lines)} lines, but there are {count} pictures.")
     return lines

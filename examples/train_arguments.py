@@ -12,6 +12,7 @@ from model_card import is_repo_id
 from train_checkpoints import POSITION, is_checkpoint, list_checkpoints
 
 from melfusion_pipeline.adapters_melfusion import LORA_TARGETS
+from melfusion_pipeline.checks_melfusion import MAX_AUDIO_LENGTH_IN_S
 from melfusion_pipeline.data import COLUMNS
 from melfusion_pipeline.training import TRAINABLE
 
@@ -181,6 +182,8 @@ def find_problems(args: argparse.Namespace) -> Iterator[str]:
     for name in ("audio_length_in_s", "learning_rate", "synapse_learning_rate", "adam_weight_decay", "logit_mean"):
         if getattr(args, name) is not None and not math.isfinite(getattr(args, name)):
             yield f"--{name} must be finite, got {getattr(args, name)}"
+    if args.audio_length_in_s > MAX_AUDIO_LENGTH_IN_S:
+        yield f"--audio_length_in_s must be at most {MAX_AUDIO_LENGTH_IN_S:g}, got {args.audio_length_in_s:g}"
     if args.seed >= 2**32:
         yield f"--seed must be below {2**32}, got {args.seed}"
     for name in ("adam_beta1", "adam_beta2"):

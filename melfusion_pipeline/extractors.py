@@ -414,7 +414,11 @@ def _import_extra(module, packages):
 
 
 def _load_model(model_class, name, dtype):
-    wanted, found = model_class.config_class.model_type, model_class.config_class.get_config_dict(name)[0]
+    wanted = model_class.config_class.model_type
+    try:
+        found = model_class.config_class.get_config_dict(name)[0]
+    except OSError as error:
+        raise OSError(f"{str(name)!r} is no model, neither a folder nor on the Hub: {error}") from error
     if found.get("model_type", wanted) != wanted:
         raise ValueError(f"{str(name)!r} holds a model of the type {found['model_type']!r}, but {wanted!r} is needed.")
     model, report = model_class.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True)

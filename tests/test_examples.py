@@ -19,7 +19,7 @@ import slideshow
 import soundfile
 import train_melfusion
 from best_of import best_first
-from command_line import errors_in_one_line
+from command_line import errors_in_one_line, read_lines
 from conftest import photograph
 from extractor_checkpoints import save_clap, save_clip
 from films import clicks, write_film
@@ -126,7 +126,7 @@ WRONG_ARGUMENTS = {
         "--triplets NONE, --triplets FOLDER, --audio_length_in_s inf, --num_items 0, --output FILE/a",
     ),
     publish: (("--checkpoint", "FOLDER", "--hub_model_id", "a/b"), "--output FILE, --results NONE, --seed -1"
-              ", --audio_length_in_s 0, --num_inference_steps 0"),
+              ", --audio_length_in_s 0, --num_inference_steps 0, --hub_model_id a/b..c"),
     evaluate: (("--triplets", "FILE", "--output", "NONE"), "--triplets NONE, --data_root FILE, --data_root NONE"
                ", --output FILE, --imsm_captions NONE, --subjective FOLDER, --subjective FILE/a, --seed x"
                ", --audio_length_in_s 0, --num_inversion_steps 0"),
@@ -136,7 +136,7 @@ WRONG_ARGUMENTS = {
     train_melfusion: (
         ("--train_data", "FILE", "--output_dir", "NONE", "--pretrained_model_name_or_path", "x"),
         "--train_data NONE, --data_root FILE, --trajectory_cache FILE, --music_latents_cache FILE, --output_dir FILE/a"
-        ", --seed 4294967296",
+        ", --audio_length_in_s 1e9, --seed 4294967296",
     ),
 }  # fmt: skip
 
@@ -169,6 +169,14 @@ def test_files_that_these_scripts_did_not_write_are_named(tmp_path, content):
     (tmp_path / "key.json").write_text(content)
     with pytest.raises(ValueError, match=r"key\.json' is no key.json of a listening test"):
         listening_test.read_key(tmp_path / "key.json")
+
+
+def test_a_text_that_is_no_utf_8_is_named(tmp_path):
+    (tmp_path / "lines.txt").write_bytes("\ufeff caf\u00e9 \n\n b".encode())
+    assert read_lines(tmp_path / "lines.txt") == ["caf\u00e9", "b"]
+    (tmp_path / "lines.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"lines\.txt' is no text in UTF-8"):
+        read_lines(tmp_path / "lines.txt")
 
 
 def test_errors_that_say_what_to_do_are_one_line_and_faults_keep_their_traceback(capsys):

@@ -122,6 +122,8 @@ def test_a_model_of_another_kind_or_without_all_weights_is_refused(clip_folder, 
     ):
         with pytest.raises(ValueError, match=f"holds a model of the type '{found}', but '{needed}' is needed"):
             extractor.from_pretrained(str(folder))
+    with pytest.raises(OSError, match="'.*nowhere' is no model"):
+        ClapExtractor.from_pretrained(str(tmp_path / "nowhere"))
     folder = shutil.copytree(clip_folder, tmp_path / "clip")
     tensors = load_file(folder / "model.safetensors")
     del tensors["visual_projection.weight"]
