@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import melfusion_pipeline
+from melfusion_pipeline.tables import find_encoding
 
 # Where our own code lies, whose errors say what to do about them.
 OURS = tuple(str(Path(module).resolve().parent) + os.sep for module in (__file__, melfusion_pipeline.__file__))
@@ -85,15 +86,12 @@ def random_seed(text: str) -> int:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Reads the lines of a text file that are not empty.
+    """Reads a text file, an entry a line, in the encodings that tables may have; empty lines do not count.
 
     Raises:
-        ValueError: If it is no text in UTF-8.
+        ValueError: If it has none of them.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is no text in UTF-8, save it as such: {error}") from error
+    lines = path.read_text(encoding=find_encoding(path)).splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -147,7 +147,7 @@ def read_prompts(arguments: argparse.Namespace, count: int) -> str | list[str]:
         return arguments.prompt
     lines = read_lines(arguments.prompts)
     if len(lines) != count:
-        raise ValueError(f"{str(arguments.prompts)!r} has {len(lines)} lines, but there are {count} pictures.")
+        raise ValueError(f"{str(arguments.prompts)!r} has {len(lines)} lines for {count} pictures or shots.")
     return lines
 
 

@@ -290,8 +290,8 @@ def read_shots(path: str | os.PathLike, duration: float) -> list[float]:
     Raises:
         TypeError: If `path` is no path, or `duration` no number.
         OSError: If there is no such file.
-        ValueError: If there is no such column, or a beginning is no number, not after the one before it or not
-            within the film; the row is named.
+        ValueError: If there is no such column, or a row has more columns than the header, or a beginning is no
+            number, not after the one before it or not within the film; the row is named.
     """
     check_path("path", path)
     check_real("duration", duration, 0.0)
@@ -302,6 +302,12 @@ def read_shots(path: str | os.PathLike, duration: float) -> list[float]:
             raise ValueError(f"{str(path)!r} has no column {SHOT_COLUMNS[0]!r}: its header is {rows.fieldnames}.")
         starts: list[float] = []
         for number, row in enumerate(rows, start=1):
+            # "3,2" would be 3 seconds.
+            if any(row.get(None, ())):
+                raise ValueError(
+                    f"{str(path)!r}, row {number} has more columns than the header: columns are parted by a comma, and"
+                    " decimals have a point."
+                )
             try:
                 start = float(row[column])
             except (TypeError, ValueError):

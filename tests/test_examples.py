@@ -1,5 +1,6 @@
 """The scripts of `examples/`, run as a user runs them: the first in a new Python, the others in copies of this one."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -171,11 +172,9 @@ def test_files_that_these_scripts_did_not_write_are_named(tmp_path, content):
         listening_test.read_key(tmp_path / "key.json")
 
 
-def test_a_text_that_is_no_utf_8_is_named(tmp_path):
-    (tmp_path / "lines.txt").write_bytes("\ufeff caf\u00e9 \n\n b".encode())
-    assert read_lines(tmp_path / "lines.txt") == ["caf\u00e9", "b"]
-    (tmp_path / "lines.txt").write_bytes("caf\u00e9".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"lines\.txt' is no text in UTF-8"):
+def test_a_text_of_no_known_encoding_is_named(tmp_path):
+    (tmp_path / "lines.txt").write_bytes(b"caf\x81\n")
+    with pytest.raises(ValueError, match=r"lines\.txt' is neither UTF-8, UTF-16 nor cp1252"):
         read_lines(tmp_path / "lines.txt")
 
 
@@ -284,6 +283,15 @@ def test_a_film_is_scored_by_its_shots(folder):
     assert all(row["start"] < row["picture_at"] < row["end"] and 0 <= row["arousal"] <= 1 for row in table)
     assert "4.0 s, 3 shots, 3 pictures" in printed and "the best of" in printed and "shifted at random" in printed
     assert output.with_suffix(".png").is_file()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_sentences_are_read_in_the_encodings_that_editors_write(tmp_path, encoding):
+    (tmp_path / "sentences.txt").write_text("ein Walzer für Klavier\n\n a harp \n", encoding=encoding)
+    arguments = argparse.Namespace(prompts=tmp_path / "sentences.txt")
+    assert slideshow.read_prompts(arguments, 2) == ["ein Walzer für Klavier", "a harp"]
+    with pytest.raises(ValueError, match="has 2 lines for 3 pictures or shots"):
+        slideshow.read_prompts(arguments, 3)
 
 
 def test_what_cannot_become_a_slide_show_or_a_film_is_refused_by_name(folder, monkeypatch, capsys):

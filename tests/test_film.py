@@ -208,6 +208,7 @@ def test_shots_may_come_from_a_table(tmp_path, text, starts):
     [
         ("begin\n1\n", r"has no column 'start': its header is \['begin'\]"),
         ("", "has no column 'start': its header is None"),
+        ("start\n0,5\n", "row 1 has more columns than the header: .* decimals have a point"),
         ("start\n1\none\n", "row 2: the shot begins at 'one'"),
         ("start\n1\nnan\n", "row 2: the shot begins at 'nan'"),
         ("start\n1\n1\n", "row 2: the shot begins at '1', but must begin after the one before it"),
