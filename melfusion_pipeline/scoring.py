@@ -195,6 +195,8 @@ def write_scored_film(
 ) -> None:
     """Writes a film with new music. Its pictures are copied as they are, not encoded anew.
 
+    Its subtitles and chapters are left out.
+
     Args:
         path: The file to write; its suffix names the container, which must take the film's kind of pictures. It is
             complete or absent, and must not be the film itself.
