@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .arguments_melfusion import check_integer, check_real
+from .arguments_melfusion import check_integer, check_positive
 from .files_melfusion import atomic_write
 from .locks_melfusion import one_at_a_time
 from .sources_melfusion import HUB_ARGUMENTS, Source
@@ -302,9 +302,7 @@ def add_lora(
     check_integer("rank", rank, 1)
     check_integer("seed", seed, 0)
     if lora_alpha is not None:
-        check_real("lora_alpha", lora_alpha)
-        if lora_alpha <= 0:
-            raise ValueError(f"`lora_alpha` must be above 0, got {lora_alpha}.")
+        check_positive("lora_alpha", lora_alpha)
     if isinstance(targets, str) or not isinstance(targets, Iterable):
         raise TypeError(f"`targets` must be a list of names, got {targets!r:.80}.")
     targets = [*targets]

@@ -53,6 +53,22 @@ def check_real(name: str, value: Any, minimum: float = -math.inf, maximum: float
         raise ValueError(f"`{name}` must be finite{limits}, got {value}.")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Refuses what is no finite number above 0.
+
+    Args:
+        name: The argument's name, for the message.
+        value: What was given.
+
+    Raises:
+        TypeError: If it is no real number.
+        ValueError: If it is NaN, infinite, or not above 0.
+    """
+    check_real(name, value)
+    if value <= 0:
+        raise ValueError(f"`{name}` must be above 0, got {value}.")
+
+
 def check_reals(name: str, values: Any) -> None:
     """Refuses what is no list of finite numbers.
 

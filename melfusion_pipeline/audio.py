@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.utils import logging
 
-from .arguments_melfusion import check_integer, check_path, check_real
+from .arguments_melfusion import check_integer, check_path, check_positive, check_real
 from .checks_melfusion import check_float_tensor
 from .files_melfusion import atomic_write
 from .waveforms_melfusion import (
@@ -141,7 +141,7 @@ def load_audio(
     """
     check_real("start", start, 0.0)
     if duration is not None:
-        check_length("duration", duration)
+        check_positive("duration", duration)
     decode = decode_with_av if needs_av(path) else decode_with_libsndfile
     samples, sampling_rate = decode(path, start, duration)
     if samples.shape[-1] == 0:
@@ -149,13 +149,6 @@ def load_audio(
     if not np.isfinite(samples).all():
         raise ValueError(f"{str(path)!r} holds NaN or infinite samples.")
     return torch.from_numpy(np.ascontiguousarray(samples)), sampling_rate
-
-
-def check_length(name: str, seconds: float) -> None:
-    """Raises `TypeError` or `ValueError` unless `seconds`, for the message called `name`, is a positive number."""
-    check_real(name, seconds)
-    if seconds <= 0:
-        raise ValueError(f"`{name}` must be a positive number of seconds, but is {seconds!r}.")
 
 
 def needs_av(path: str | os.PathLike | EmbeddedFile) -> bool:
@@ -414,7 +407,7 @@ def prepare_mel(
     if waveform.ndim > 3:
         raise ValueError(f"`waveform` must be [T], [C, T] or [B, C, T], but its shape is {list(waveform.shape)}.")
     if audio_length_in_s is not None:
-        check_length("audio_length_in_s", audio_length_in_s)
+        check_positive("audio_length_in_s", audio_length_in_s)
     device = torch.device(device)
     waveform = waveform.to(working_dtype(device)).to(device)
     waveform = resample(waveform[(None,) * (3 - waveform.ndim)].mean(dim=1), sampling_rate, spectrogram.sampling_rate)
@@ -457,10 +450,10 @@ def load_random_crop(
         TypeError, ValueError: as `load_audio` does, also for `audio_length_in_s` and `new_sampling_rate`.
     """
     check_real("start", start, 0.0)
-    check_length("audio_length_in_s", audio_length_in_s)
+    check_positive("audio_length_in_s", audio_length_in_s)
     check_sampling_rate(new_sampling_rate, "new_sampling_rate")
     if duration is not None:
-        check_length("duration", duration)
+        check_positive("duration", duration)
     available = min(audio_duration(path) - start, duration or math.inf)
     start += max(0.0, available - audio_length_in_s) * torch.rand((), generator=generator).item()
     waveform, sampling_rate = load_audio(path, start, min(audio_length_in_s, duration or math.inf))

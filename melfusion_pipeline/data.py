@@ -21,8 +21,8 @@ from diffusers.utils import logging
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
-from .arguments_melfusion import check_integer, check_path, check_real
-from .audio import EmbeddedFile, check_length, load_audio, load_random_crop
+from .arguments_melfusion import check_integer, check_path, check_positive, check_real
+from .audio import EmbeddedFile, load_audio, load_random_crop
 from .files_melfusion import atomic_write
 from .sets import load_set as load_set
 from .sets import read_remote
@@ -253,7 +253,7 @@ def read_triplet(
     """
     check_integer("seed", seed, 0)
     check_integer("epoch", epoch, 0)
-    check_length("audio_length_in_s", audio_length_in_s)
+    check_positive("audio_length_in_s", audio_length_in_s)
     check_sampling_rate(sampling_rate)
     key = np.random.SeedSequence([seed, epoch, row["row"]]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(key[0]))

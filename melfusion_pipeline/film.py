@@ -25,7 +25,7 @@ import numpy as np
 import PIL.Image
 from diffusers.utils import logging
 
-from .arguments_melfusion import check_path, check_real, check_reals
+from .arguments_melfusion import check_path, check_positive, check_real, check_reals
 
 try:
     import av
@@ -351,9 +351,7 @@ def split_shots(starts: Sequence[float], duration: float, longest: float) -> tup
         ValueError: If a number is not finite, `starts` do not ascend and end before `duration`, or `longest` is not
             above 0.
     """
-    check_real("longest", longest)
-    if longest <= 0:
-        raise ValueError(f"`longest` must be above 0 s, got {longest}.")
+    check_positive("longest", longest)
     check_starts(starts, duration)
     begins, shots = [], []
     for shot, (start, end) in enumerate(stretches(starts, duration)):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .arguments_melfusion import check_integer, check_real, check_reals
+from .arguments_melfusion import check_integer, check_positive, check_real, check_reals
 from .film import check_starts
 from .waveforms_melfusion import check_sampling_rate, check_waveform
 
@@ -181,12 +181,10 @@ def share_met_by_chance(
     check_reals("cuts", cuts)
     for onsets in variations:
         check_reals("variations", onsets)
-    check_real("duration", duration)
+    check_positive("duration", duration)
     check_integer("num_shifts", num_shifts, 1)
-    if not len(variations) or duration <= 0:
-        raise ValueError(
-            f"`variations` must hold one at least and `duration` be above 0, got {len(variations)} and {duration}."
-        )
+    if not len(variations):
+        raise ValueError(f"`variations` must hold one at least, got {variations!r:.80}.")
     if not isinstance(generator, np.random.Generator):
         raise TypeError(f"`generator` must be a numpy.random.Generator, got {generator!r:.80}.")
     variations = [np.asarray(onsets) for onsets in variations]

@@ -8,7 +8,7 @@ import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 
-from .arguments_melfusion import check_integer, check_real, check_reals
+from .arguments_melfusion import check_integer, check_positive, check_reals
 from .checks_melfusion import check_float_tensor
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def plot_mel_spectrogram(mel_spectrogram: torch.Tensor, seconds_per_frame: float
         ValueError: If the spectrogram has not two dimensions, or `seconds_per_frame` is not above 0.
     """
     _check_mel(mel_spectrogram)
-    _check_above_zero("seconds_per_frame", seconds_per_frame)
+    check_positive("seconds_per_frame", seconds_per_frame)
     frames, bands = mel_spectrogram.shape
     figure = _empty_figure(9, 3)
     axes = figure.subplots()
@@ -82,7 +82,7 @@ def plot_storyboard(
     check_reals("onsets", onsets)
     if cuts is not None:
         check_reals("cuts", cuts)
-    _check_above_zero("audio_length_in_s", audio_length_in_s)
+    check_positive("audio_length_in_s", audio_length_in_s)
     _check_mel(mel_spectrogram)
     if len(pictures) != len(image_start_in_s):
         raise ValueError(
@@ -269,7 +269,7 @@ def plot_picture_influence(
         TypeError: If the length or `num_spans` is no number.
         ValueError: If it is out of range, or there is no layer.
     """
-    _check_above_zero("audio_length_in_s", audio_length_in_s)
+    check_positive("audio_length_in_s", audio_length_in_s)
     check_integer("num_spans", num_spans, 1)
     if not influence:
         raise ValueError(f"`influence` must be what `picture_influence` returns, got {influence!r}.")
@@ -311,12 +311,6 @@ def _check_mel(mel_spectrogram: torch.Tensor) -> None:
     check_float_tensor("mel_spectrogram", mel_spectrogram)
     if mel_spectrogram.ndim != 2 or 0 in mel_spectrogram.shape:
         raise ValueError(f"`mel_spectrogram` must be [frames, bands], got {list(mel_spectrogram.shape)}.")
-
-
-def _check_above_zero(name: str, value: float) -> None:
-    check_real(name, value)
-    if value <= 0:
-        raise ValueError(f"`{name}` must be above 0, got {value}.")
 
 
 def _empty_figure(width: float, height: float) -> "Figure":
