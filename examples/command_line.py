@@ -99,13 +99,14 @@ def read_lines(path: Path) -> list[str]:
 def errors_in_one_line() -> Iterator[None]:
     """Ends the script with the message alone of an error that says what to do; any other keeps its traceback.
 
-    That is one that our own code raised, or one about a file. An error from inside of a library is a fault of ours,
-    and its traceback the way to it.
+    That is one that a `raise` of our own code says, or one about a file. An error from inside of a library, or of an
+    operation in our code, is a fault of ours, and its traceback the way to it.
     """
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-        if isinstance(error, OSError) or os.path.realpath(innermost).startswith(OURS):
+        innermost = traceback.extract_tb(error.__traceback__)[-1]
+        is_said = os.path.realpath(innermost.filename).startswith(OURS) and innermost.line.startswith("raise")
+        if isinstance(error, OSError) or is_said:
             sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
         raise

@@ -187,6 +187,9 @@ def test_errors_that_say_what_to_do_are_one_line_and_faults_keep_their_traceback
             action()
     with pytest.raises(ValueError, match="need at least one array"), errors_in_one_line():
         np.concatenate([])
+    # In our own code, but nothing that it says.
+    with pytest.raises(TypeError, match="has no len"), errors_in_one_line():
+        lay_out(3, 1.0, None)
 
 
 def test_a_model_of_another_kind_is_named_in_one_line(tmp_path):
