@@ -15,6 +15,7 @@ from conftest import photograph, wait_for
 from extractor_checkpoints import save_clap, save_clip
 from pair_sources import Item, cut_track, find_items
 from test_train_processes import on_two_processes
+from transformers.utils import logging
 from triplet_forms import as_bytes
 
 from melfusion_pipeline.data import check_rows, load_rows, load_set
@@ -32,6 +33,13 @@ def tones(seed: int, seconds: float) -> np.ndarray:
         first = round(begin * RATE)
         music[first : first + len(note)] += 0.3 * chance.uniform(0.3, 1) * note
     return music
+
+
+@pytest.fixture(scope="module", autouse=True)
+def progress_bars():
+    """The script turns them off for the process, which other files' tests share."""
+    yield
+    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
