@@ -134,7 +134,7 @@ class EncodingMixin:
             record_image_features(
                 self.image_unet,
                 self.image_scheduler,
-                self._encode_pixels(images[first : first + IMAGES_AT_ONCE], image_size),
+                self._encode_pixels(images[first : first + IMAGES_AT_ONCE], image_size, prompt_embeds.device),
                 prompt_embeds[first : first + IMAGES_AT_ONCE],
                 self.synapse.config.image_layers,
                 num_inversion_steps,
@@ -160,12 +160,14 @@ class EncodingMixin:
         Returns:
             `z_0^I`, `[pictures, 4, image_size / 8, image_size / 8]` for Stable Diffusion, float32.
         """
-        return self._encode_pixels(as_pil_images(image), image_size)
+        return self._encode_pixels(as_pil_images(image), image_size, self._execution_device)
 
-    def _encode_pixels(self, images: list[PIL.Image.Image], image_size: int | None) -> torch.Tensor:
+    def _encode_pixels(
+        self, images: list[PIL.Image.Image], image_size: int | None, device: torch.device
+    ) -> torch.Tensor:
         image_size = self.default_image_size if image_size is None else image_size
         pixel_values = torch.stack([prepare_image(image, image_size) for image in images])
-        return encode_pixels(self.image_vae, pixel_values.to(self._execution_device))
+        return encode_pixels(self.image_vae, pixel_values.to(device))
 
     @torch.no_grad()
     @one_at_a_time

@@ -341,13 +341,13 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
         negative_prompt_embeds: torch.Tensor | None,
         num_texts: int,
         num_waveforms_per_prompt: int,
+        device: torch.device,
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
         """Gives the UNet's arguments of prompts and of negative prompts (None without guidance), a row a waveform."""
         if prompt is None and prompt_embeds is None:
             prompt = ""
-        encoded = self.encode_prompt(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, self.do_classifier_free_guidance
-        )
+        texts = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        encoded = self.encode_prompt(*texts, self.do_classifier_free_guidance, device)
         prompts, negative_prompts = (None if embeds is None else self.prompts.to_unet(embeds) for embeds in encoded)
         check_finite("the encoding of the prompt", *prompts.values())
         prompts, negative_prompts = (
@@ -604,9 +604,8 @@ class MelFusionPipeline(CheckpointMixin, EncodingMixin, DecodingMixin, AdapterMi
 
         # 2. Encode the prompt
         num_texts = max(num_prompts, num_pieces)
-        prompts, negative_prompts = self._encode_prompts(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_texts, num_waveforms_per_prompt
-        )
+        texts = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        prompts, negative_prompts = self._encode_prompts(*texts, num_texts, num_waveforms_per_prompt, device)
         prompts = self.guidance.join(prompts, negative_prompts)
 
         # 3. Prepare timesteps
