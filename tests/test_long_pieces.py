@@ -55,7 +55,7 @@ def run(pipe: MelFusionPipeline, *args, seed: int = 0, **kwargs) -> np.ndarray:
 def test_a_piece_no_longer_than_a_window_does_not_know_of_windows(pipe, image, scheduler):
     """The tests of AudioLDM's equality run the same call, so that this one is AudioLDM's too at alpha = 0."""
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    kwargs = {"num_inference_steps": 3, "image_guidance_scale": 1.5, "num_waveforms_per_prompt": 2}
+    kwargs = {"num_inference_steps": 4, "image_guidance_scale": 1.5, "num_waveforms_per_prompt": 2}
     for length in (0.32, 0.2):
         expected = run(pipe, image, PROMPTS, audio_length_in_s=length, **kwargs)
         for options in ({"window_length_in_s": 3.0}, {"window_overlap": 0.9, "window_batch_size": 1}):
